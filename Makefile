@@ -1,0 +1,42 @@
+# One list of commands for people and CI. VENV and PYTHON can be set from outside.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+.PHONY: run test check docs clean
+
+run: $(VENV)/.installed
+	$(BIN)/payload-logger demo $(ARGS)
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.installed-test $(VENV)/.installed-check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+docs: $(VENV)/.installed            # what is generated from the settings
+	$(BIN)/payload-logger schema > config/payload-logger.schema.json
+	$(BIN)/payload-logger schema --markdown > docs/configuration.md
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "payload-logger needs Python 3.11 or later; set PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed pyproject.toml
+	$(BIN)/python -m pip install --quiet --group test
+	@touch $@
+
+$(VENV)/.installed-check: $(VENV)/.installed pyproject.toml
+	$(BIN)/python -m pip install --quiet --group check
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist demo-data .mypy_cache .ruff_cache .pytest_cache

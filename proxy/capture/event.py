@@ -1,0 +1,150 @@
+"""One event line, byte for byte as Azure ML's data collector writes it: pure.
+
+Order of the fields as in real files: specversion, id, source, type, datacontenttype, time, data, then the extensions.
+Our own extensions come last; their names are lower-case letters and digits, and none equals a documented one.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import lru_cache
+
+import orjson
+
+RESERVED = frozenset(
+    {
+        "specversion",
+        "id",
+        "source",
+        "type",
+        "datacontenttype",
+        "time",
+        "data",
+        "path",
+        "method",
+        "contentrange",
+        "correlationid",
+        "xrequestid",
+        "modelversion",
+        "collectdatatype",
+        "agent",
+        "datainblob",
+        "dataref",
+        "database64",
+        "dataschema",
+        "subject",
+        # our own
+        "statuscode",
+        "durationms",
+        "capturestatus",
+        "bodybytes",
+        "contentencoding",
+    }
+)
+
+
+def source(subscription_id: str, resource_group: str, workspace: str, endpoint: str, deployment: str) -> str:
+    """The events' ``source``; parts that are not known are empty, as in the documented examples."""
+    return (
+        f"/subscriptions/{subscription_id}/resourceGroups/{resource_group}/providers/Microsoft.MachineLearningServices"
+        f"/workspaces/{workspace}/onlineEndpoints/{endpoint}/deployments/{deployment}"
+    )
+
+
+def header_fields(names: tuple[str, ...]) -> dict[str, str]:
+    """The field of each captured header: its letters and digits in lower case, set apart where that name is taken."""
+    fields: dict[str, str] = {}
+    taken = set(RESERVED)
+    for name in names:
+        plain = "".join(letter for letter in name.lower() if letter.isascii() and letter.isalnum()) or "header"
+        field = plain if plain not in taken else f"header{plain}"
+        number = 2
+        while field in taken:
+            field = f"header{plain}{number}"
+            number += 1
+        taken.add(field)
+        fields[name] = field
+    return fields
+
+
+def json_string(text: str) -> bytes:
+    """``text`` as a JSON string; header bytes that are not UTF-8 are read as latin-1."""
+    try:
+        return orjson.dumps(text)
+    except TypeError:  # surrogate escapes
+        return orjson.dumps(text.encode("utf-8", "surrogateescape").decode("latin-1"))
+
+
+_json_string_cached = lru_cache(maxsize=1024)(json_string)
+
+
+@lru_cache(maxsize=256)
+def _seconds(epoch_seconds: int) -> bytes:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(epoch_seconds)).encode()
+
+
+def timestamp(epoch_seconds: float, *, fractions: bool) -> bytes:
+    """``2022-05-25T08:59:48Z``, or with milliseconds: ``2022-05-25T08:59:48.123Z``."""
+    whole = int(epoch_seconds)
+    if not fractions:
+        return _seconds(whole) + b"Z"
+    return b"%b.%03dZ" % (_seconds(whole), int((epoch_seconds - whole) * 1000))
+
+
+def content_range(kept: int, total: int | None) -> bytes:
+    """``bytes 0-59/60``; the part behind the slash is ``*`` when the length was not known in advance."""
+    if not kept:
+        return b"bytes */%d" % (total or 0) if total is not None else b"bytes */*"
+    return b"bytes 0-%d/%b" % (kept - 1, b"*" if total is None else b"%d" % total)
+
+
+class LineFormat:
+    """The lines of one collection. ``type`` and ``source`` are constant in it."""
+
+    def __init__(self, collection: str, source_name: str) -> None:
+        self._after_id = b'","source":%b,"type":%b,"datacontenttype":' % (
+            json_string(source_name),
+            json_string(f"azureml.inference.{collection}"),
+        )
+
+    def line(
+        self,
+        *,
+        event_id: str,
+        content_type: str,
+        time: bytes,
+        data: bytes,
+        target: str | None = None,
+        method: str | None = None,
+        range_: bytes,
+        in_blob: bool = False,
+        request_id: str,
+        extensions: bytes = b"",
+    ) -> bytes:
+        """A line with its LF. ``data`` is a JSON value without line ends; ``extensions`` begin with a comma each."""
+        correlation = b'"%b"' % request_id.encode() if request_id.isalnum() else json_string(request_id)
+        return b"".join(
+            (
+                b'{"specversion":"1.0","id":"',
+                event_id.encode(),
+                self._after_id,
+                _json_string_cached(content_type),
+                b',"time":"',
+                time,
+                b'","data":',
+                data,
+                b',"path":%b,"method":%b' % (json_string(target), _json_string_cached(method or ""))
+                if target is not None
+                else b"",
+                b',"contentrange":"',
+                range_,
+                b'"',
+                b',"datainblob":"true"' if in_blob else b"",
+                b',"correlationid":',
+                correlation,
+                b',"xrequestid":',
+                correlation,
+                extensions,
+                b"}\n",
+            )
+        )

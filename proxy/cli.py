@@ -1,0 +1,178 @@
+"""The command line. Exit 0: good; 1: it could not start; 2: bad configuration or arguments."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+from proxy import __version__, logs
+from proxy.config import ConfigError, Loaded, load
+from proxy.config_reference import reference_markdown, schema
+from proxy.settings import Settings
+
+logger = logging.getLogger("payload_logger")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.command(options)
+    except ConfigError as error:
+        for problem in error.problems:
+            print(f"payload-logger: {problem}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `payload-logger schema | head`
+        sys.stderr.close()
+        return 0
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="payload-logger",
+        description="Stands in front of a model server and records its traffic as Azure ML data-collector events.",
+    )
+    parser.add_argument("--version", action="version", version=f"payload-logger {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run the proxy", description="Runs the proxy until it is told to stop.")
+    _add_settings(run)
+    run.set_defaults(command=_run)
+
+    check = commands.add_parser(
+        "check",
+        help="check a configuration",
+        description="Checks a configuration and says what it means; changes nothing.",
+    )
+    _add_settings(check)
+    check.set_defaults(command=_check)
+
+    reference = commands.add_parser("schema", help="print the JSON Schema of the configuration")
+    reference.add_argument("--markdown", action="store_true", help="print the reference in Markdown instead")
+    reference.set_defaults(command=_schema)
+
+    demo = commands.add_parser(
+        "demo",
+        help="see it work: a dummy model, the proxy before it, three requests",
+        description="Starts a dummy model and the proxy before it, sends three requests and shows what was recorded.",
+    )
+    demo.add_argument("--once", action="store_true", help="exit after showing what was recorded")
+    demo.add_argument(
+        "--listen", default="127.0.0.1:8080", metavar="HOST:PORT", help="where the proxy listens (default: %(default)s)"
+    )
+    demo.add_argument(
+        "--storage", default="demo-data", metavar="PATH", help="where the dataset goes (default: ./%(default)s)"
+    )
+    demo.set_defaults(command=_demo)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    file = parser.add_mutually_exclusive_group()
+    file.add_argument("-c", "--config", type=Path, metavar="FILE", help="configuration (YAML)")
+    file.add_argument("--deployment", type=Path, metavar="FILE", help="an Azure ML online deployment YAML, as it is")
+    parser.add_argument("--upstream", metavar="URL", help="the model server: http://HOST:PORT, https://… or unix:/PATH")
+    parser.add_argument("--listen", metavar="HOST:PORT", help="where clients connect (default: 0.0.0.0:8080)")
+    parser.add_argument("--storage", metavar="PATH_OR_URL", help="where the dataset goes")
+
+
+def _load(options: argparse.Namespace) -> Loaded:
+    flags = {"proxy.upstream": options.upstream, "proxy.listen": options.listen, "storage.url": options.storage}
+    return load(
+        config=options.config,
+        deployment=options.deployment,
+        overrides={key: value for key, value in flags.items() if value is not None},
+        environ=os.environ,
+    )
+
+
+def _run(options: argparse.Namespace) -> int:
+    loaded = _load(options)
+    logs.configure(loaded.settings.logs)
+    for warning in loaded.warnings:
+        logger.warning("%s", warning)
+    return run_loop(_serve(loaded.settings))
+
+
+def run_loop(main_coroutine: Coroutine[Any, Any, int]) -> int:
+    """Runs a coroutine on uvloop where it exists, else on asyncio's own loop."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(main_coroutine)
+    return uvloop.run(main_coroutine)
+
+
+async def _serve(settings: Settings) -> int:
+    from proxy.app import StartError, running
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    try:
+        async with running(settings) as app:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, _stop, stop)
+            logger.info("%s", describe(settings, app.address))
+            await stop.wait()
+            logger.info(
+                "Stopping: no new connections; exchanges in flight have %g s to finish.", settings.proxy.drain_seconds
+            )
+            for number in (signal.SIGTERM, signal.SIGINT):  # a second signal does not wait
+                loop.remove_signal_handler(number)
+        logger.info("Stopped: %s.", app.ledger.account())
+    except StartError as error:
+        logger.error("%s", error)
+        return 1
+    return 0
+
+
+def _stop(event: asyncio.Event) -> None:
+    event.set()
+
+
+def describe(settings: Settings, address: str) -> str:
+    """One line for the log: from where, to where, what is recorded."""
+    names = [name for name, collection in settings.data_collector.collections.items() if collection.enabled]
+    recorded = f"recording {', '.join(names)} in {settings.storage.url}" if names else "recording nothing"
+    return f"payload-logger {__version__} on {address}, before {settings.proxy.upstream}, {recorded}."
+
+
+def _check(options: argparse.Namespace) -> int:
+    from proxy.app import places, spool_path
+
+    loaded = _load(options)
+    settings = loaded.settings
+    for warning in loaded.warnings:
+        print(f"warning: {warning}")
+    print(f"listen     {settings.proxy.listen}")
+    print(f"upstream   {settings.proxy.upstream}")
+    for name, place in places(settings).items():
+        print(f"{name:<10} {place.root}/{settings.data_collector.rolling_rate.value.lower()} folders/*.jsonl")
+    print(f"locks      {spool_path(settings)}")
+    print("The configuration is valid.")
+    return 0
+
+
+def _schema(options: argparse.Namespace) -> int:
+    if options.markdown:
+        print(reference_markdown(), end="")
+    else:
+        print(json.dumps(schema(), indent=2))
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from proxy.demo import demo
+
+    return run_loop(demo(listen=options.listen, storage=options.storage, once=options.once))

@@ -1,0 +1,146 @@
+"""What has to hold between settings, each of which is right by itself, and what their owner should know. Looks at files
+(whether they can be read), changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from ipaddress import ip_address
+from itertools import combinations
+from pathlib import Path
+from typing import TypeAlias
+
+from proxy.config_values import address, shown
+from proxy.settings import PAYLOAD_COLLECTIONS, Collection, RollingRate, Settings
+
+KeyPath: TypeAlias = tuple[str, ...]
+Finding: TypeAlias = tuple[tuple[KeyPath, ...], str]  # the keys that it is about, and what is to be said of the first
+
+_COLLECTIONS = ("data_collector", "collections")
+_CREDENTIALS = {"authorization", "proxy-authorization", "cookie", "x-api-key", "api-key", "ocp-apim-subscription-key"}
+
+
+def problems(settings: Settings) -> Iterator[Finding]:
+    """What makes the settings unusable."""
+    yield from _tls(settings)
+    yield from _addresses(settings)
+    yield from _shared_roots(settings)
+    yield from _not_supported_yet(settings)
+
+
+def warnings(settings: Settings) -> Iterator[Finding]:
+    """What may surprise the owner of settings that are usable."""
+    yield from _little_is_recorded(settings)
+    yield from _captured_headers(settings)
+    if settings.data_collector.rolling_rate is not RollingRate.HOUR:
+        yield (("data_collector", "rolling_rate"),), "Azure ML's model monitor reads only Hour"
+    for section in ("custom_logging", "admin"):
+        if getattr(settings, section) is not None:
+            yield ((section,),), "this version does not serve it yet"
+
+
+def _enabled(settings: Settings) -> list[tuple[str, Collection]]:
+    return [(name, one) for name, one in settings.data_collector.collections.items() if one.enabled]
+
+
+def _tls(settings: Settings) -> Iterator[Finding]:
+    proxy = settings.proxy
+    pair = ("proxy", "tls_certificate"), ("proxy", "tls_key")
+    if (proxy.tls_certificate is None) != (proxy.tls_key is None):
+        missing = pair[0] if proxy.tls_certificate is None else pair[1]
+        yield (missing, *pair), "missing; tls_certificate and tls_key belong together"
+    for key in (*pair, ("proxy", "upstream_ca")):
+        file = getattr(proxy, key[1])
+        if file is not None and not (os.access(file, os.R_OK) and Path(file).is_file()):
+            yield (key,), f"{shown(file)} is not a file that can be read"
+
+
+def _addresses(settings: Settings) -> Iterator[Finding]:
+    listeners = {(section, "listen"): getattr(settings, section) for section in ("proxy", "custom_logging", "admin")}
+    ours = {key: address(section.listen) for key, section in listeners.items() if section is not None}
+    for (key, one), (other_key, other) in combinations(ours.items(), 2):
+        if _meet(one, other) or _meet(other, one):
+            yield (other_key, key), f"the same address as {'.'.join(key)}"
+    upstream = address(settings.proxy.upstream)
+    for key, one in ours.items():
+        if _meet(one, upstream, local_only=True) or _meet(upstream, one, local_only=True):
+            yield (("proxy", "upstream"), key), f"leads back to {'.'.join(key)}"
+
+
+def _meet(one: tuple[str, int], other: tuple[str, int], *, local_only: bool = False) -> bool:
+    """Whether ``one`` takes the place of ``other``: equal, or a wildcard (0.0.0.0, ::) with the same port."""
+    (host, port), (other_host, other_port) = one, other
+    if port != other_port or port == 0:  # the kernel chooses a free port for 0
+        return False
+    wildcard = _is_ip(host, "is_unspecified")
+    return _ip(host) == _ip(other_host) or (
+        wildcard and (not local_only or _is_ip(other_host, "is_loopback") or _is_ip(other_host, "is_unspecified"))
+    )
+
+
+def _ip(host: str) -> str:
+    return "127.0.0.1" if host.lower() == "localhost" else host.lower()
+
+
+def _is_ip(host: str, what: str) -> bool:
+    try:
+        return bool(getattr(ip_address(_ip(host)), what))
+    except ValueError:
+        return False
+
+
+def _shared_roots(settings: Settings) -> Iterator[Finding]:
+    for (key, path), (other_key, other_path) in combinations(_data_paths(settings), 2):
+        if _root(path) == _root(other_path):
+            yield (other_key, key), f"{shown(other_path)} is already the root of {key[2]}; give each collection its own"
+
+
+def _data_paths(settings: Settings) -> list[tuple[KeyPath, str]]:
+    return [
+        ((*_COLLECTIONS, name, "data", "path"), one.data.path)
+        for name, one in _enabled(settings)
+        if one.data and one.data.path
+    ]
+
+
+def _root(path: str) -> str:
+    """With local storage the folder of an azureml:// path is kept, its datastore is not."""
+    return path.partition("/paths/")[2] if path.startswith("azureml:") else path
+
+
+def _not_supported_yet(settings: Settings) -> Iterator[Finding]:
+    """What this version has settings for, but can't do."""
+    if settings.proxy.workers > 1:
+        yield (("proxy", "workers"),), f"{settings.proxy.workers} is too large; this version runs one process"
+    urls: list[tuple[KeyPath, str]] = [(("storage", "url"), settings.storage.url)]
+    for key, path in _data_paths(settings):
+        if key[2] in PAYLOAD_COLLECTIONS and not path.startswith("azureml:"):
+            urls.append((key, path))
+    for key, url in urls:
+        if not url.startswith("file:"):
+            blob = "Azure Blob destinations are not supported by this version yet; use file:///PATH"
+            yield (key,), f"{shown(url)}: {blob}"
+
+
+def _little_is_recorded(settings: Settings) -> Iterator[Finding]:
+    enabled = _enabled(settings)
+    if not enabled:
+        yield (_COLLECTIONS,), "none is enabled; nothing is recorded"
+    if settings.data_collector.sampling_rate == 0:
+        yield (("data_collector", "sampling_rate"),), "0; a collection without a rate of its own records nothing"
+    for name, one in enabled:
+        if name not in PAYLOAD_COLLECTIONS:
+            yield ((*_COLLECTIONS, name),), "not recorded; this version records request and response only"
+        elif one.sampling_rate == 0:
+            yield ((*_COLLECTIONS, name, "sampling_rate"),), "0; it records nothing"
+
+
+def _captured_headers(settings: Settings) -> Iterator[Finding]:
+    key = ("data_collector", "request_logging", "capture_headers")
+    names = settings.data_collector.request_logging.capture_headers
+    if names and not settings.capture.extended_fields:
+        yield (key,), "not recorded; headers are extended fields, and capture.extended_fields is off"
+    for name in names:
+        if name.lower() in _CREDENTIALS:
+            yield (key,), f"{shown(name)} carries credentials; they will be stored in clear"

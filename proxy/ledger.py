@@ -1,0 +1,106 @@
+"""The account of every event: received = delivered + discarded{reason} + pending, at every moment."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Discard(Enum):
+    """Why an event was not recorded. The list is closed: nothing vanishes for another reason."""
+
+    SPOOL_FULL = "spool_full"  # the disk budget is used up
+    WRITE_FAILED = "write_failed"  # the disk gave an error
+    MEMORY_FULL = "memory_full"  # the disk is slower than the traffic, or hangs
+    RENDER_FAILED = "render_failed"  # a defect of ours
+    STOPPED = "stopped"  # the disk did not take it before the process had to end
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """The ledger at one moment. Events, unless the name says otherwise."""
+
+    received: int
+    delivered: int
+    discarded: dict[str, int]
+    bodies_cut: int  # bodies of delivered events that are not whole for want of memory or disk
+    unheld: int  # responses whose end left before their lines were written, after max_hold
+    torn: int  # half lines of a process that died, cut off at start
+    orphans: int  # files of bodies that a process that died left without a line
+
+    @property
+    def pending(self) -> int:
+        return self.received - self.delivered - sum(self.discarded.values())
+
+    def __str__(self) -> str:
+        discarded = ", ".join(f"{count} {reason}" for reason, count in sorted(self.discarded.items()))
+        text = (
+            f"received {self.received} events = delivered {self.delivered} + discarded {sum(self.discarded.values())}"
+            + (f" ({discarded})" if discarded else "")
+            + f" + pending {self.pending}"
+        )
+        notes = [
+            f"{count} {words}"
+            for count, words in (
+                (self.bodies_cut, "bodies not whole for want of memory or disk"),
+                (self.unheld, "responses left before they were written"),
+                (self.torn, "torn lines cut off at start"),
+                (self.orphans, "orphaned bodies removed at start"),
+            )
+            if count
+        ]
+        return "; ".join([text, *notes])
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Counts events. Every method may be called from any thread."""
+
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _received: int = 0
+    _delivered: int = 0
+    _discarded: Counter[str] = field(default_factory=Counter)
+    _bodies_cut: int = 0
+    _unheld: int = 0
+    _torn: int = 0
+    _orphans: int = 0
+
+    def receive(self, events: int) -> None:
+        with self._lock:
+            self._received += events
+
+    def deliver(self, events: int) -> None:
+        with self._lock:
+            self._delivered += events
+
+    def discard(self, reason: Discard, events: int) -> None:
+        with self._lock:
+            self._discarded[reason.value] += events
+
+    def cut_body(self) -> None:
+        with self._lock:
+            self._bodies_cut += 1
+
+    def release_unheld(self, responses: int) -> None:
+        with self._lock:
+            self._unheld += responses
+
+    def recover(self, *, torn: int, orphans: int) -> None:
+        with self._lock:
+            self._torn += torn
+            self._orphans += orphans
+
+    def account(self) -> Account:
+        """A consistent copy."""
+        with self._lock:
+            return Account(
+                self._received,
+                self._delivered,
+                dict(self._discarded),
+                self._bodies_cut,
+                self._unheld,
+                self._torn,
+                self._orphans,
+            )

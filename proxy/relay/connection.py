@@ -1,0 +1,206 @@
+"""One transport as a reader with back-pressure and a writer that can be waited for.
+
+Both sides of the relay are such connections. aiohttp's parser reads their heads; it is its C extension that is
+meant, since the pure-Python fallback is more lenient.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import struct
+from collections import deque
+from typing import cast
+
+import aiohttp.http_parser
+
+READ_AHEAD_BYTES = 256 * 1024  # received and not yet taken; above this the peer is made to wait
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+
+
+class HeadTooLong(Exception):
+    """The head of a message is over the limit."""
+
+
+def require_c_parser() -> None:
+    """Raises RuntimeError unless aiohttp's C parser is in use."""
+    if aiohttp.http_parser.HttpRequestParser is aiohttp.http_parser.HttpRequestParserPy:
+        raise RuntimeError("aiohttp's C extension is missing; its fallback parser is too lenient for a proxy")
+
+
+class Connection(asyncio.Protocol):
+    """A byte stream both ways. Subclasses say what a lost connection means to them."""
+
+    __slots__ = (
+        "_drained",
+        "_loop",
+        "_lost",
+        "_pieces",
+        "_reading_paused",
+        "_received_bytes",
+        "_waiter",
+        "_writing_paused",
+        "stirred",
+        "transport",
+    )
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self.transport: asyncio.Transport | None = None
+        self._reading_paused = False
+        self._writing_paused = False
+        self._drained: asyncio.Future[None] | None = None
+        self._pieces: deque[bytes] = deque()
+        self._received_bytes = 0
+        self._waiter: asyncio.Future[None] | None = None
+        self._lost: Exception | None = None
+        # Set by whatever moves, cleared by the sweep: time-outs cost the traffic path neither a timer nor a clock.
+        self.stirred = True
+
+    # --- called by the event loop ---
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        self.stirred = True
+        self._pieces.append(data)
+        self._received_bytes += len(data)
+        if self._received_bytes > READ_AHEAD_BYTES:
+            self._pause_reading()
+        self._wake()
+
+    def eof_received(self) -> bool | None:
+        # A peer that ends its side is taken for gone, as Go and nginx do: a client that left and one that
+        # only shut down its sending side look the same, and the model server should stop working for the first.
+        return False
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._lost = self._lost or ConnectionResetError(str(exc) if exc else "connection closed")
+        self.transport = None
+        self._wake()
+        self._wake_writer()
+
+    def pause_writing(self) -> None:
+        self._writing_paused = True
+
+    def resume_writing(self) -> None:
+        self.stirred = True
+        self._writing_paused = False
+        self._wake_writer()
+
+    # --- reading ---
+
+    @property
+    def lost(self) -> bool:
+        return self._lost is not None or self.transport is None or self.transport.is_closing()
+
+    @property
+    def has_input(self) -> bool:
+        return bool(self._pieces)
+
+    async def receive(self) -> bytes:
+        """The next bytes, or b"" when the peer has closed. Raises what ``fail`` was given."""
+        while not self._pieces:
+            if self._lost is not None:
+                if isinstance(self._lost, ConnectionResetError):
+                    return b""
+                raise self._lost
+            self._waiter = waiter = self._loop.create_future()
+            try:
+                await waiter
+            finally:
+                if self._waiter is waiter:  # a cancelled reader may be outlived by the next one
+                    self._waiter = None
+        data = self._pieces.popleft()
+        self._received_bytes -= len(data)
+        if self._reading_paused and self._received_bytes <= READ_AHEAD_BYTES // 2:
+            self._reading_paused = False
+            if self.transport is not None and not self.transport.is_closing():
+                self.transport.resume_reading()
+        return data
+
+    def unread(self, data: bytes) -> None:
+        """Puts back what was received too much."""
+        if data:
+            self._pieces.appendleft(data)
+            self._received_bytes += len(data)
+
+    async def receive_head(self, max_bytes: int) -> bytes | None:
+        """The bytes up to and with the next empty line; None when the peer closed before. Raises HeadTooLong."""
+        data = await self.receive()
+        searched = 0
+        while data:
+            end = data.find(b"\r\n\r\n", searched)
+            if end >= 0:
+                end += 4
+                if end > max_bytes:
+                    raise HeadTooLong
+                if end < len(data):
+                    self.unread(data[end:])
+                    return data[:end]
+                return data
+            if len(data) > max_bytes:
+                raise HeadTooLong
+            searched = max(0, len(data) - 3)
+            more = await self.receive()
+            if not more:
+                break
+            data += more
+        return None
+
+    def fail(self, reason: Exception) -> None:
+        """Aborts the connection; whoever reads from it gets ``reason``."""
+        self._lost = self._lost or reason
+        self._pieces.clear()
+        self.abort()
+        self._wake()
+
+    # --- writing ---
+
+    def write(self, data: bytes) -> None:
+        """Sends ``data``, or drops it when the connection is gone: readers are told of that, writers need not be."""
+        if self.transport is not None:
+            self.transport.write(data)
+
+    async def drain(self) -> None:
+        """Waits while the peer takes no more. Returns when it is gone, too."""
+        while self._writing_paused and self.transport is not None:
+            self._drained = self._loop.create_future()
+            try:
+                await self._drained
+            finally:
+                self._drained = None
+
+    # --- closing ---
+
+    def close(self) -> None:
+        """Closes once what was written is sent."""
+        if self.transport is not None:
+            self.transport.close()
+
+    def abort(self) -> None:
+        """Resets the connection, so that the peer can't take what it got for a whole message."""
+        if self.transport is None:
+            return
+        sock: socket.socket | None = self.transport.get_extra_info("socket")
+        if sock is not None and sock.family != socket.AF_UNIX:
+            with contextlib.suppress(OSError):  # it is closed already
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+        self.transport.abort()
+
+    def _pause_reading(self) -> None:
+        if not self._reading_paused and self.transport is not None:
+            self._reading_paused = True
+            self.transport.pause_reading()
+
+    def _wake(self) -> None:
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def _wake_writer(self) -> None:
+        drained = self._drained
+        if drained is not None and not drained.done():
+            drained.set_result(None)

@@ -1,0 +1,364 @@
+"""One exchange, from the first byte of the request to the last byte of the response.
+
+``Exchange.run`` reads from top to bottom: check the request, open its recording, pass it to the model server,
+pass the answer to the client, hold back the end of the answer until it is recorded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+import orjson
+from aiohttp.http import HttpVersion10, RawRequestMessage, RawResponseMessage
+
+from proxy import ids
+from proxy.relay.faults import Fault, RequestFault, UpstreamFault, UpstreamInvalid, UpstreamLost
+from proxy.relay.framing import BodyDecoder, ChunkedBody, CloseBody, FramingError, LengthBody, chunk, last_chunk
+from proxy.relay.headers import (
+    allowed_trailers,
+    connection_options,
+    origin_form,
+    request_head,
+    response_head,
+    valid_request_id,
+)
+from proxy.relay.recording import Ending, Recording
+from proxy.relay.upstream import STALE_SECONDS, UpstreamConnection
+
+if TYPE_CHECKING:
+    from proxy.relay.server import Downstream, Relay
+
+_NO_OPTIONS: frozenset[bytes] = frozenset()
+# A request body that came whole with its head is sent along with it, and can be sent again on a fresh connection.
+_REPLAYABLE_BYTES = 256 * 1024
+_STATUS_LINES: dict[tuple[int, str], bytes] = {}
+
+
+class Exchange:
+    """Carries one request to the model server and its response back. ``run`` is called once."""
+
+    __slots__ = (
+        "_body",
+        "_chunked",
+        "_client",
+        "_keep_alive",
+        "_message",
+        "_method",
+        "_recording",
+        "_relay",
+        "_request_head",
+        "_request_id",
+        "_response_begun",
+        "_upload",
+        "_upstream",
+    )
+
+    def __init__(self, relay: Relay, client: Downstream, message: RawRequestMessage) -> None:
+        self._relay = relay
+        self._client = client
+        self._message = message
+        self._method: str = message.method
+        self._keep_alive = not message.should_close
+        self._recording: Recording | None = None
+        self._upstream: UpstreamConnection | None = None
+        self._upload: asyncio.Task[None] | None = None
+        self._response_begun = False
+        self._chunked = False
+        self._body: BodyDecoder = LengthBody(0)
+        self._request_head = b""
+        self._request_id = ""
+
+    async def run(self) -> bool:
+        """Whether the client's connection can take another request. Only CancelledError leaves this: the client is gone."""
+        try:
+            self._open()
+            await self._pass_on()
+        except Fault as fault:
+            await self._answer_fault(fault)
+        finally:
+            self._finish(Ending.CLIENT_LEFT)  # if it is not finished yet
+            if self._upload is not None:
+                self._upload.cancel()
+            if self._upstream is not None:
+                self._upstream.abort()
+        return self._keep_alive
+
+    # --- the request ---
+
+    def _open(self) -> None:
+        """Checks the request, opens its recording, writes the head for the model server."""
+        message = self._message
+        length = self._frame_request()
+        incoming = message.headers.get("x-request-id")
+        incoming_id = incoming.encode("utf-8", "surrogateescape") if incoming is not None else None
+        has_id = valid_request_id(incoming_id)
+        self._request_id = incoming if has_id and incoming is not None else ids.uuid4()
+        if self._method in ("CONNECT", "TRACE"):
+            raise RequestFault(f"{self._method} is not passed on", HTTPStatus.METHOD_NOT_ALLOWED)
+        self._recording = self._relay.recorder.open(
+            self._method, message.path, message.headers, self._request_id, length=length
+        )
+        pool = self._relay.pool
+        target, authority = origin_form(message.path.encode("utf-8", "surrogateescape"), pool.address.base_path)
+        headers = message.raw_headers
+        has_options = "connection" in message.headers
+        self._request_head = request_head(
+            self._method.encode(),
+            target,
+            headers,
+            dropped=connection_options(headers) if has_options else _NO_OPTIONS,
+            host=pool.address.host_header,
+            set_host=pool.address.host_header if self._relay.rewrite_host else authority,
+            request_id=self._request_id.encode(),
+            has_request_id=has_id,
+            forwarding=self._client.forwarding,
+            chunked=self._chunked,
+            te_trailers="trailers" in message.headers.get("te", "").lower(),
+        )
+
+    def _frame_request(self) -> int | None:
+        """Sets how the request's body is framed (RFC 9112 §6.3); its length if that is known. Raises RequestFault."""
+        headers = self._message.headers
+        if "transfer-encoding" in headers:
+            if self._message.version == HttpVersion10:
+                raise RequestFault("Transfer-Encoding is not allowed in HTTP/1.0")
+            if [value.lower() for value in headers.getall("transfer-encoding")] != ["chunked"]:
+                raise RequestFault("only the chunked transfer encoding is supported", HTTPStatus.NOT_IMPLEMENTED)
+            self._chunked = True
+            self._body = ChunkedBody()
+            return None
+        length = int(headers.get("content-length", 0))
+        if length:
+            self._body = LengthBody(length)
+        return length
+
+    async def _pass_on(self) -> None:
+        first = await self._first_request_bytes()
+        if self._body.done:
+            self._request_read()
+        upstream, message = await self._send(first)
+        await self._answer(upstream, message)
+
+    async def _first_request_bytes(self) -> bytes:
+        """What has come of the request's body, framed for the model server; sent in one piece with the head."""
+        if self._body.done or not self._client.has_input:
+            return b""
+        return await self._request_piece(await self._client.receive())
+
+    async def _request_piece(self, data: bytes) -> bytes:
+        """One piece of the request's body, recorded and framed for the model server. Raises RequestFault."""
+        body, recording = self._body, self._recording
+        try:
+            payload = body.feed(data)
+        except FramingError as error:
+            raise RequestFault(f"the request's body is not valid: {error}") from None
+        if payload and recording is not None:
+            wait = recording.request_piece(payload)
+            if wait is not None:
+                await wait
+        if not self._chunked:
+            return payload
+        framed = chunk(payload) if payload else b""
+        return framed + last_chunk(allowed_trailers(body.trailers)) if body.done else framed
+
+    def _request_read(self) -> None:
+        self._client.unread(self._body.rest)
+        if self._recording is not None:
+            self._recording.request_complete()
+
+    async def _send(self, first: bytes) -> tuple[UpstreamConnection, RawResponseMessage]:
+        """Sends the request, once more where a pooled connection was dead already; the head of the answer."""
+        pool = self._relay.pool
+        replayable = self._body.done and len(first) <= _REPLAYABLE_BYTES
+        pooled = pool.take()
+        self._upstream = upstream = pooled or await pool.connect()
+        sent_at = self._relay.loop.time()
+        self._write_request(upstream, first)
+        try:
+            return upstream, await self._response_message(upstream)
+        except UpstreamLost:
+            if pooled is None or not replayable or self._relay.loop.time() - sent_at > STALE_SECONDS:
+                raise
+        self._upstream = upstream = await pool.connect()
+        self._write_request(upstream, first)
+        return upstream, await self._response_message(upstream)
+
+    def _write_request(self, upstream: UpstreamConnection, first: bytes) -> None:
+        upstream.write(self._request_head)
+        if first:
+            upstream.write(first)
+        if not self._body.done:
+            self._upload = self._relay.loop.create_task(self._pass_request_body(upstream), name="upload")
+            self._upload.add_done_callback(lambda task: _uploaded(task, upstream))
+
+    async def _pass_request_body(self, upstream: UpstreamConnection) -> None:
+        while not self._body.done:
+            data = await self._client.receive()
+            if not data:
+                return  # the client is gone, which cancels the exchange
+            upstream.write(await self._request_piece(data))
+            await upstream.drain()
+        self._request_read()
+
+    # --- the response ---
+
+    async def _response_message(self, upstream: UpstreamConnection) -> RawResponseMessage:
+        """The head of the final answer; interim ones (RFC 9110 §15.2) are passed on. Raises Fault."""
+        while True:
+            message = await upstream.receive_response_head()
+            if message.code >= 200:
+                return message
+            if message.code == HTTPStatus.SWITCHING_PROTOCOLS:
+                raise UpstreamInvalid("the model server switched protocols without being asked to")
+            if self._message.version != HttpVersion10:
+                self._client.write(
+                    response_head(
+                        _status_line(message), message.raw_headers, request_id=None, chunked=False, connection=None
+                    )
+                )
+
+    async def _answer(self, upstream: UpstreamConnection, message: RawResponseMessage) -> None:
+        """Passes the answer on, piece by piece as it comes, and its end when it is recorded."""
+        client, recording = self._client, self._recording
+        self._relay.upstream_answered()
+        body = upstream.decoder(message, self._method)
+        until_close = isinstance(body, CloseBody)
+        chunked = isinstance(body, ChunkedBody) and self._message.version != HttpVersion10
+        if until_close or (isinstance(body, ChunkedBody) and not chunked) or not self._body.done or client.closing:
+            self._keep_alive = False
+        head = response_head(
+            _status_line(message),
+            message.raw_headers,
+            request_id=self._request_id.encode(),
+            chunked=chunked,
+            connection=self._connection_header(),
+        )
+        if recording is not None:
+            recording.response_head(
+                message.code, message.headers, sized=not (until_close or isinstance(body, ChunkedBody))
+            )
+
+        # What is whole when its head is goes out whole, once it is recorded: the client could do nothing with a part of it.
+        ready = head
+        if not body.done and upstream.has_input:
+            ready += await self._response_piece(body, chunked, await upstream.receive())
+        while not body.done:
+            if ready:
+                self._response_begun = True
+                client.write(ready)
+                await client.drain()
+            data = await upstream.receive()
+            if not data:
+                if not until_close:
+                    raise UpstreamLost("the model server closed the connection before its response was complete")
+                ready = b""
+                break
+            ready = await self._response_piece(body, chunked, data)
+            if body.done and chunked and ready:  # a token is never held
+                self._response_begun = True
+                client.write(ready)
+                ready = b""
+
+        await self._hold()
+        self._response_begun = True
+        client.write(ready + last_chunk(allowed_trailers(body.trailers)) if chunked else ready)
+        self._release(upstream, message, body)
+        await client.drain()
+
+    async def _response_piece(self, body: BodyDecoder, chunked: bool, data: bytes) -> bytes:
+        """One piece of the response's body, recorded and framed for the client. Raises UpstreamInvalid."""
+        try:
+            payload = body.feed(data)
+        except FramingError as error:
+            raise UpstreamInvalid(f"the model server's response is not valid: {error}") from None
+        if payload and self._recording is not None:
+            wait = self._recording.response_piece(payload)
+            if wait is not None:
+                await wait
+        return chunk(payload) if chunked and payload else payload
+
+    async def _hold(self) -> None:
+        """Waits until the exchange is recorded, so that no client has seen the end of what a crash could lose."""
+        held = self._finish(Ending.COMPLETE)
+        if held is not None:
+            await held
+
+    def _finish(self, ending: Ending) -> asyncio.Future[None] | None:
+        recording, self._recording = self._recording, None
+        return recording.finish(ending) if recording is not None else None
+
+    def _release(self, upstream: UpstreamConnection, message: RawResponseMessage, body: BodyDecoder) -> None:
+        """Gives the upstream connection back if it is fit for another exchange."""
+        self._upstream = None
+        # A server that wrongly sends a body with these would have it taken for its next answer.
+        bodyless = self._method == "HEAD" or (message.code in (204, 304) and "content-length" in message.headers)
+        if message.should_close or isinstance(body, CloseBody) or not self._body.done or body.rest or bodyless:
+            upstream.close()
+        else:
+            self._relay.pool.give_back(upstream)
+
+    def _connection_header(self) -> bytes | None:
+        if not self._keep_alive:
+            return b"close"
+        return b"keep-alive" if self._message.version == HttpVersion10 else None
+
+    # --- what goes wrong ---
+
+    async def _answer_fault(self, fault: Fault) -> None:
+        upload = self._upload
+        if upload is not None and upload.done() and not upload.cancelled():
+            fault = _fault_of(upload) or fault
+        self._relay.count_fault(fault)
+        self._keep_alive = False
+        ending = Ending.UPSTREAM_FAILED if isinstance(fault, UpstreamFault) else Ending.REQUEST_REFUSED
+        if self._response_begun:  # all that is left is to make sure that nobody takes it for a whole answer
+            self._finish(ending)
+            self._client.abort()
+            return
+        head, body = fault_answer(fault.status, str(fault), self._request_id, head_only=self._method == "HEAD")
+        if self._recording is not None:
+            self._recording.response_head(fault.status, None, sized=True)
+            self._recording.response_piece(body)
+            held = self._finish(ending)
+            if held is not None:
+                await held
+        self._response_begun = True
+        self._client.write(head + body)
+
+
+def _uploaded(task: asyncio.Task[None], upstream: UpstreamConnection) -> None:
+    """An upload that failed ends the exchange, which may be waiting for an answer to it."""
+    fault = None if task.cancelled() else _fault_of(task)
+    if fault is not None:
+        upstream.fail(fault)
+
+
+def _fault_of(task: asyncio.Task[None]) -> Fault | None:
+    error = task.exception()
+    if error is None or isinstance(error, Fault):
+        return error
+    raise error
+
+
+def fault_answer(status: int, message: str, request_id: str, *, head_only: bool = False) -> tuple[bytes, bytes]:
+    """Head and body of an answer that the relay gives by itself."""
+    body = orjson.dumps({"error": {"code": status, "message": message, "request_id": request_id or None}}) + b"\n"
+    head = (
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        + (f"x-request-id: {request_id}\r\n" if request_id else "")
+        + "Connection: close\r\n\r\n"
+    )
+    return head.encode(), b"" if head_only else body
+
+
+def _status_line(message: RawResponseMessage) -> bytes:
+    key = (message.code, message.reason)
+    line = _STATUS_LINES.get(key)
+    if line is None:
+        line = b"HTTP/1.1 %d %b" % (message.code, message.reason.encode("utf-8", "surrogateescape"))
+        if len(_STATUS_LINES) < 1000:  # reasons are the server's to choose
+            _STATUS_LINES[key] = line
+    return line

@@ -1,0 +1,72 @@
+"""What the relay tells of the traffic. Whoever records it provides these; the relay knows no more of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from enum import Enum
+from typing import Protocol
+
+from multidict import CIMultiDictProxy
+
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that left
+
+
+class Ending(Enum):
+    """How the exchange ended."""
+
+    COMPLETE = "complete"
+    CLIENT_LEFT = "clientleft"
+    UPSTREAM_FAILED = "upstreamfailed"
+    REQUEST_REFUSED = "requestrefused"
+
+
+class Recording(Protocol):
+    """One exchange that is recorded. Pieces of bodies are the payload without its framing, in order.
+
+    A piece's method may return something to wait for: then the body flows no faster than it can be kept.
+    """
+
+    def request_piece(self, data: bytes) -> Awaitable[None] | None: ...
+
+    def request_complete(self) -> None:
+        """The request's body has come to its end."""
+
+    def response_head(self, status: int, headers: CIMultiDictProxy[str] | None, *, sized: bool) -> None:
+        """The status and headers that the client gets; None stands for the relay's own JSON answer.
+
+        ``sized`` says whether the length of the body was known in advance.
+        """
+
+    def response_piece(self, data: bytes) -> Awaitable[None] | None: ...
+
+    def finish(self, ending: Ending) -> asyncio.Future[None] | None:
+        """The exchange is over. What is returned is done when the end of the response may leave; None: at once."""
+
+
+class Recorder(Protocol):
+    """Decides what is recorded."""
+
+    def open(
+        self, method: str, target: str, headers: CIMultiDictProxy[str], request_id: str, *, length: int | None
+    ) -> Recording | None:
+        """The recording of an exchange that begins, or None where it is not recorded.
+
+        ``length`` is the size of the request's body in bytes, None when that is not known in advance.
+        Raises RecordingRefused when nothing may pass unrecorded.
+        """
+
+
+class NoRecorder:
+    """Records nothing."""
+
+    def open(
+        self,
+        method: str,
+        target: str,
+        headers: CIMultiDictProxy[str],
+        request_id: str,
+        *,
+        length: int | None,
+    ) -> Recording | None:
+        return None

@@ -1,0 +1,261 @@
+"""The clients' side: listeners, one task per connection, and the end of idle connections."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import ssl
+from collections import Counter
+from pathlib import Path
+
+from aiohttp.http import HttpProcessingError, HttpRequestParser, RawRequestMessage
+from aiohttp.http_exceptions import LineTooLong
+
+from proxy.relay.connection import Connection, HeadTooLong
+from proxy.relay.exchange import Exchange, fault_answer
+from proxy.relay.faults import Fault, RequestFault, UpstreamFault
+from proxy.relay.headers import Forwarding
+from proxy.relay.recording import Recorder
+from proxy.relay.upstream import Limits, Pool
+from proxy.settings import ForwardedHeaders
+
+logger = logging.getLogger("payload_logger.relay")
+
+SWEEP_SECONDS = 1.0
+LINGER_SECONDS = 2.0
+LINGER_BYTES = 4 * 1024 * 1024
+BACKLOG = 1024
+
+
+class Downstream(Connection):
+    """A client's connection. Its task takes one request after the other; when the client goes, the task is cancelled."""
+
+    __slots__ = ("_parser", "_relay", "_task", "busy", "closing", "forwarding", "quiet_since")
+
+    def __init__(self, relay: Relay) -> None:
+        super().__init__(relay.loop)
+        self._relay = relay
+        limits = relay.limits
+        self._parser = HttpRequestParser(
+            self,  # type: ignore[arg-type]  # used only to hold back a body, and this parser sees none
+            relay.loop,
+            2**16,
+            response_with_body=False,
+            auto_decompress=False,
+            max_line_size=limits.max_head_bytes,
+            max_field_size=limits.max_head_bytes,
+            max_headers=limits.max_headers,
+        )
+        self._task: asyncio.Task[None] | None = None
+        self.forwarding: Forwarding
+        self.busy = False
+        self.closing = relay.draining
+        self.quiet_since = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        peer = transport.get_extra_info("peername")
+        self.forwarding = Forwarding(
+            self._relay.forwarded_headers,
+            peer[0].encode() if isinstance(peer, tuple) else None,
+            b"https" if transport.get_extra_info("sslcontext") else b"http",
+        )
+        self.quiet_since = self._loop.time()
+        self._relay.connections.add(self)
+        self._task = self._loop.create_task(self._serve(), name="client")
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        super().connection_lost(exc)
+        self._relay.connections.discard(self)
+        if self._task is not None:
+            self._task.cancel()
+
+    def stop(self) -> None:
+        """Takes no further request: closes now if idle, else after the exchange in flight."""
+        self.closing = True
+        if not self.busy:
+            self.close()
+
+    def cut(self) -> None:
+        """Ends the exchange in flight, too."""
+        self.abort()
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _serve(self) -> None:
+        try:
+            while True:
+                message = await self._receive_request()
+                if message is None:
+                    break
+                self.busy = True
+                if not await Exchange(self._relay, self, message).run() or self.closing:
+                    await self._linger()
+                    break
+                self.busy = False
+                self.stirred = True
+        except asyncio.CancelledError:
+            if not self.lost:  # a stop of the whole relay, not the client
+                raise
+        except Exception:
+            # A defect of ours: this client's connection ends, the others go on.
+            logger.exception("An exchange failed by a defect of payload-logger; its connection was closed.")
+            self._relay.defects += 1
+            self.abort()
+        finally:
+            self.close()
+            self._task = None
+
+    async def _receive_request(self) -> RawRequestMessage | None:
+        """The next request's head; None when there is none. What is no valid head is answered here."""
+        try:
+            while (head := await self.receive_head(self._relay.limits.max_head_bytes)) is not None:
+                if head.strip(b"\r\n"):  # RFC 9112 §2.2: empty lines before a request line are ignored
+                    return self._parse(head)
+            return None
+        except HeadTooLong:
+            fault = RequestFault("the request's head is too long", 431)
+        except RequestFault as error:
+            fault = error
+        self._relay.count_fault(fault)
+        answer, body = fault_answer(fault.status, str(fault), "")
+        self.write(answer + body)
+        await self._linger()
+        return None
+
+    def _parse(self, head: bytes) -> RawRequestMessage:
+        try:
+            messages, upgraded, _ = self._parser.feed_data(head)
+        except LineTooLong:
+            raise RequestFault("the request's head is too long", 431) from None
+        except HttpProcessingError as error:
+            if "Too many headers" in error.message:
+                raise RequestFault("the request has too many headers", 431) from None
+            raise RequestFault(_first_line(error.message)) from None
+        if upgraded:
+            # An upgrade is not offered to the model server; RFC 9110 §7.8 lets a server ignore the wish.
+            self._parser.set_upgraded(False)
+        if len(messages) != 1:
+            raise RequestFault("the request's head is not valid")
+        message: RawRequestMessage = messages[0][0]
+        return message
+
+    async def _linger(self) -> None:
+        """Closes in a way that lets the client read the answer though it is still sending (RFC 9112 §9.6)."""
+        await self.drain()
+        if self.transport is None or self.transport.is_closing():
+            return
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        left = LINGER_BYTES
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_SECONDS):
+                while left > 0 and (data := await self.receive()):
+                    left -= len(data)
+
+
+class Relay:
+    """Listens, relays, and stops in an orderly way.
+
+    Use: ``await relay.listen(...)`` for each address, ``await relay.drain(seconds)``, ``await relay.close()``.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        pool: Pool,
+        recorder: Recorder,
+        limits: Limits,
+        keepalive_timeout_seconds: float,
+        forwarded_headers: ForwardedHeaders = ForwardedHeaders.APPEND,
+        rewrite_host: bool = False,
+    ) -> None:
+        self.loop = loop
+        self.pool = pool
+        self.recorder = recorder
+        self.limits = limits
+        self.forwarded_headers = forwarded_headers
+        self.rewrite_host = rewrite_host
+        self.connections: set[Downstream] = set()
+        self.draining = False
+        self.faults: Counter[int] = Counter()
+        self.defects = 0
+        self._keepalive_timeout_seconds = keepalive_timeout_seconds
+        self._servers: list[asyncio.Server] = []
+        self._unix_paths: list[Path] = []
+        self._upstream_down = False
+        self._sweeper = loop.create_task(self._sweep(), name="relay-sweep")
+
+    async def listen(self, address: str, tls: ssl.SSLContext | None = None) -> str:
+        """Listens on ``HOST:PORT`` or ``unix:/PATH``; the address as bound. Raises OSError."""
+        if address.startswith("unix:"):
+            path = Path(address.removeprefix("unix:"))
+            server = await self.loop.create_unix_server(lambda: Downstream(self), str(path), ssl=tls, backlog=BACKLOG)
+            self._unix_paths.append(path)
+            self._servers.append(server)
+            return address
+        host, _, port = address.rpartition(":")
+        server = await self.loop.create_server(
+            lambda: Downstream(self), host.strip("[]"), int(port), ssl=tls, backlog=BACKLOG
+        )
+        self._servers.append(server)
+        bound = server.sockets[0].getsockname()
+        return f"[{bound[0]}]:{bound[1]}" if ":" in bound[0] else f"{bound[0]}:{bound[1]}"
+
+    async def drain(self, seconds: float) -> int:
+        """Stops accepting, lets the exchanges in flight finish; the number of those that were cut after ``seconds``."""
+        self.draining = True
+        for server in self._servers:
+            server.close()
+        for path in self._unix_paths:
+            path.unlink(missing_ok=True)
+        for connection in list(self.connections):
+            connection.stop()
+        deadline = self.loop.time() + seconds
+        while self.connections and self.loop.time() < deadline:
+            await asyncio.sleep(0.02)
+        cut = [connection for connection in self.connections if connection.busy]
+        for connection in list(self.connections):
+            connection.cut()
+        return len(cut)
+
+    async def close(self) -> None:
+        """Ends everything that ``drain`` left."""
+        self._sweeper.cancel()
+        for connection in list(self.connections):
+            connection.cut()
+        while self.connections:
+            await asyncio.sleep(0)
+        self.pool.close()
+        await asyncio.sleep(0)
+
+    def count_fault(self, fault: Fault) -> None:
+        """Counts what the relay answered by itself, and says once when the model server goes and when it is back."""
+        self.faults[fault.status] += 1
+        if isinstance(fault, UpstreamFault) and not self._upstream_down:
+            self._upstream_down = True
+            logger.warning("Upstream %s: %s; clients get %d until it answers.", self.pool.address, fault, fault.status)
+
+    def upstream_answered(self) -> None:
+        if self._upstream_down:
+            self._upstream_down = False
+            logger.info("Upstream %s answers again.", self.pool.address)
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            self.pool.sweep()
+            now = self.loop.time()
+            for connection in list(self.connections):
+                if connection.busy or connection.stirred:
+                    connection.stirred = False
+                    connection.quiet_since = now
+                elif now - connection.quiet_since > self._keepalive_timeout_seconds:
+                    connection.close()
+
+
+def _first_line(message: str) -> str:
+    """aiohttp's parser messages quote the input on further lines; clients get the reason only."""
+    return "the request is not valid HTTP/1.1: " + message.split("\n", 1)[0].strip().rstrip(":")

@@ -1,0 +1,245 @@
+"""Connections to the model server: where it is, a pool of idle ones, and the heads of its answers."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from aiohttp.http import HttpProcessingError, HttpResponseParser, RawResponseMessage
+
+from proxy.relay.connection import Connection, HeadTooLong
+from proxy.relay.faults import UpstreamInvalid, UpstreamLost, UpstreamTimeout, UpstreamUnreachable
+from proxy.relay.framing import BodyDecoder, ChunkedBody, CloseBody, LengthBody
+from proxy.relay.headers import is_clean
+
+# A reused connection that dies within this time after a request went out, without a byte of answer, had been
+# closed by the server when it was idle. One that dies later was at work on the request: that is not sent twice.
+STALE_SECONDS = 1.0
+MAX_IDLE_CONNECTIONS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamAddress:
+    """The model server. ``base_path`` has no slash at its end; ``unix_path`` takes the place of host and port."""
+
+    host: str
+    port: int
+    tls: bool
+    base_path: bytes
+    unix_path: str | None = None
+
+    @classmethod
+    def parse(cls, url: str) -> UpstreamAddress:
+        """``http://…``, ``https://…`` or ``unix:/…`` as the settings have checked it."""
+        if url.startswith("unix:"):
+            return cls("localhost", 80, False, b"", url.removeprefix("unix:"))
+        parts = urlsplit(url)
+        tls = parts.scheme == "https"
+        return cls(parts.hostname or "", parts.port or (443 if tls else 80), tls, parts.path.rstrip("/").encode())
+
+    @property
+    def host_header(self) -> bytes:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return (host if self.port == (443 if self.tls else 80) else f"{host}:{self.port}").encode()
+
+    def __str__(self) -> str:
+        return f"unix:{self.unix_path}" if self.unix_path else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Largest heads that are read, from either side."""
+
+    max_head_bytes: int
+    max_headers: int
+
+
+class UpstreamConnection(Connection):
+    """One connection to the model server, used for one exchange at a time."""
+
+    __slots__ = ("_limits", "_parser", "idle", "idle_since", "on_lost", "reused")
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, limits: Limits, on_lost: Callable[[UpstreamConnection], None]
+    ) -> None:
+        super().__init__(loop)
+        self._limits = limits
+        self._parser = HttpResponseParser(
+            self,  # type: ignore[arg-type]  # used only to hold back a body, and this parser sees none
+            loop,
+            2**16,
+            response_with_body=False,
+            auto_decompress=False,
+            max_line_size=limits.max_head_bytes,
+            max_field_size=limits.max_head_bytes,
+            max_headers=limits.max_headers,
+        )
+        self.idle = False
+        self.idle_since = 0.0
+        self.reused = False
+        self.on_lost = on_lost
+
+    def data_received(self, data: bytes) -> None:
+        if self.idle:  # bytes that nobody asked for: the next answer could not be told from them
+            self.abort()
+            return
+        super().data_received(data)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        super().connection_lost(exc)
+        self.on_lost(self)
+
+    async def receive_response_head(self) -> RawResponseMessage:
+        """The next head of an answer, 1xx ones included. Raises UpstreamFault."""
+        try:
+            head = await self.receive_head(self._limits.max_head_bytes)
+        except HeadTooLong:
+            raise UpstreamInvalid("the model server's response head is too long") from None
+        if head is None:
+            raise UpstreamLost("the model server closed the connection before its response head was complete")
+        if not is_clean(head):
+            raise UpstreamInvalid("the model server's response head has invalid characters or line ends")
+        try:
+            messages, upgraded, _ = self._parser.feed_data(head)
+        except HttpProcessingError:
+            raise UpstreamInvalid("the model server's response head is not valid HTTP/1.1") from None
+        if upgraded or len(messages) != 1:
+            raise UpstreamInvalid("the model server switched protocols without being asked to")
+        message = messages[0][0]
+        if not 100 <= message.code <= 999:
+            raise UpstreamInvalid("the model server's status is not valid")
+        return message
+
+    def decoder(self, message: RawResponseMessage, method: str) -> BodyDecoder:
+        """How the body of this answer is framed (RFC 9112 §6.3). Raises UpstreamInvalid."""
+        headers = message.headers
+        encoding = headers.getall("transfer-encoding", None)
+        if encoding is not None and (len(encoding) > 1 or encoding[0].lower() != "chunked"):
+            raise UpstreamInvalid("the model server's transfer encoding is not supported")
+        length = headers.get("content-length")
+        if method == "HEAD" or message.code < 200 or message.code in (204, 304):
+            return LengthBody(0)
+        if encoding is not None:
+            return ChunkedBody()
+        if length is not None:
+            return LengthBody(int(length))
+        return CloseBody()
+
+
+class Pool:
+    """Connects to the model server and keeps idle connections, the last used on top. Not for several event loops."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        address: UpstreamAddress,
+        *,
+        tls: ssl.SSLContext | None,
+        limits: Limits,
+        connect_timeout_seconds: float,
+        idle_timeout_seconds: float,
+        keepalive_seconds: float,
+    ) -> None:
+        self.address = address
+        self._loop = loop
+        self._tls = tls
+        self._limits = limits
+        self._connect_timeout_seconds = connect_timeout_seconds
+        self._idle_timeout_seconds = idle_timeout_seconds
+        self._keepalive_seconds = keepalive_seconds
+        self._idle: list[UpstreamConnection] = []
+        self._quiet_since: dict[UpstreamConnection, float] = {}
+
+    def __repr__(self) -> str:
+        return f"<Pool {self.address}: {len(self._quiet_since)} connections, {len(self._idle)} idle>"
+
+    def take(self) -> UpstreamConnection | None:
+        """An idle connection, if there is one."""
+        while self._idle:
+            connection = self._idle.pop()
+            connection.idle = False
+            if connection.lost:
+                continue
+            if self._loop.time() - connection.idle_since > self._keepalive_seconds:
+                connection.close()
+                continue
+            connection.reused = connection.stirred = True
+            return connection
+        return None
+
+    async def connect(self) -> UpstreamConnection:
+        """A new connection. Raises UpstreamUnreachable or UpstreamTimeout."""
+        address = self.address
+
+        def protocol() -> UpstreamConnection:
+            return UpstreamConnection(self._loop, self._limits, self._forget)
+
+        try:
+            async with asyncio.timeout(self._connect_timeout_seconds):
+                if address.unix_path is not None:
+                    _, connection = await self._loop.create_unix_connection(protocol, address.unix_path)
+                else:
+                    _, connection = await self._loop.create_connection(
+                        protocol, address.host, address.port, ssl=self._tls
+                    )
+        except TimeoutError:
+            raise UpstreamTimeout(
+                f"no connection to the model server within {self._connect_timeout_seconds:g} s"
+            ) from None
+        except (OSError, ssl.CertificateError) as error:
+            raise UpstreamUnreachable(f"no connection to the model server: {_reason(error)}") from error
+        self._quiet_since[connection] = self._loop.time()
+        return connection
+
+    def give_back(self, connection: UpstreamConnection) -> None:
+        """Keeps a connection whose exchange is over, if it is fit for another one."""
+        if (
+            connection.lost
+            or connection.has_input
+            or not self._keepalive_seconds
+            or len(self._idle) >= MAX_IDLE_CONNECTIONS
+        ):
+            connection.close()
+            return
+        connection.idle = True
+        connection.idle_since = self._loop.time()
+        self._idle.append(connection)
+
+    def sweep(self) -> None:
+        """To be called about once a second: ends connections that were idle, or silent within an exchange, for too long."""
+        now = self._loop.time()
+        for connection, since in list(self._quiet_since.items()):
+            if connection.idle:
+                if now - connection.idle_since > self._keepalive_seconds:
+                    self._idle.remove(connection)
+                    connection.close()
+            elif connection.stirred:
+                connection.stirred = False
+                self._quiet_since[connection] = now
+            elif self._idle_timeout_seconds and now - since > self._idle_timeout_seconds:
+                connection.fail(UpstreamTimeout(f"the model server sent nothing for {self._idle_timeout_seconds:g} s"))
+
+    def close(self) -> None:
+        """Closes every connection; those in use are reset."""
+        for connection in list(self._quiet_since):
+            if connection.idle:
+                connection.close()
+            else:
+                connection.abort()
+        self._idle.clear()
+
+    def _forget(self, connection: UpstreamConnection) -> None:
+        self._quiet_since.pop(connection, None)
+        if connection.idle and connection in self._idle:
+            self._idle.remove(connection)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted ({error.verify_message})"
+    if isinstance(error, OSError) and error.strerror and not isinstance(error, ssl.SSLError):
+        return error.strerror
+    return str(error) or type(error).__name__

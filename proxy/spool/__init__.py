@@ -1,0 +1,1 @@
+"""The local disk: what capture writes there is, byte for byte, the dataset that the user wants."""

@@ -1,0 +1,80 @@
+"""A body that goes to a file of its own piece by piece, as it passes."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+
+from proxy.spool.files import BodyPart, SpoolFull
+from proxy.spool.writer import Spool
+
+
+class BodyFile:
+    """``write``, ``give_up`` and ``discard`` are for the event loop, ``finish`` for the writer thread.
+
+    At most ``limit_bytes`` are kept (0: all). ``kept_bytes`` were handed over.
+    """
+
+    def __init__(self, spool: Spool, collection: str, event_id: str, limit_bytes: int) -> None:
+        self.collection = collection
+        self.event_id = event_id
+        self.kept_bytes = 0
+        self._spool = spool
+        self._limit_bytes = limit_bytes
+        self._given_up = False
+        self._part: BodyPart | None = None  # this and the next on the thread only
+        self._failed = False
+
+    def write(self, data: bytes) -> Awaitable[None] | None:
+        """Hands a piece over. What is returned, if anything, is to be awaited before the next one."""
+        if self._given_up:
+            return None
+        if self._limit_bytes and self.kept_bytes + len(data) > self._limit_bytes:
+            data = data[: self._limit_bytes - self.kept_bytes]
+            self._given_up = True
+            if not data:
+                return None
+        self.kept_bytes += len(data)
+        return self._spool.hand_over(self, lambda: self._write(data), len(data))
+
+    def give_up(self) -> None:
+        """Keeps what was handed over, and takes no more."""
+        if not self._given_up:
+            self._given_up = True
+            self._spool.ledger.cut_body()
+
+    def discard(self) -> None:
+        """No line will point to this body."""
+        self._given_up = True
+        self._spool.hand_over(self, self._drop, 0)
+
+    def finish(self, *, large: bool) -> str | None:
+        """The URL of the finished file, or None when the disk did not take it."""
+        if self._part is None or self._failed:
+            self._drop()
+            return None
+        try:
+            return self._spool.files.finish_body(self._part, self.collection, self.event_id, large=large)
+        except OSError:
+            self._fail()
+            return None
+
+    def _write(self, data: bytes) -> int:
+        if not self._failed:
+            try:
+                if self._part is None:
+                    self._part = self._spool.files.open_body(self.collection, self.event_id)
+                self._spool.files.write_body(self._part, data)
+            except (SpoolFull, OSError):
+                self._fail()
+        return len(data)
+
+    def _fail(self) -> None:
+        self._failed = True
+        self._spool.ledger.cut_body()
+        self._drop()
+
+    def _drop(self) -> int:
+        if self._part is not None:
+            self._spool.files.drop_body(self._part)
+            self._part = None
+        return 0

@@ -1,0 +1,79 @@
+"""How much disk the dataset may take: counted as it is written, measured now and then, since others delete files."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+
+MEASURE_SECONDS = 60.0
+MEASURE_WHEN_FULL_SECONDS = 2.0
+
+
+def bytes_below(roots: Iterable[Path]) -> int:
+    """Sum of the sizes of all files below ``roots``, in bytes. Files that vanish meanwhile count as gone."""
+    total = 0
+    pending = [os.fspath(root) for root in roots]
+    while pending:
+        try:
+            with os.scandir(pending.pop()) as entries:
+                for entry in entries:
+                    try:
+                        if entry.is_dir(follow_symlinks=False):
+                            pending.append(entry.path)
+                        else:
+                            total += entry.stat(follow_symlinks=False).st_size
+                    except FileNotFoundError:
+                        continue
+        except OSError:
+            continue
+    return total
+
+
+class Budget:
+    """Keeps the bytes below ``roots`` under ``max_bytes`` (0: no limit). ``start`` begins to measure, in a thread of its own."""
+
+    def __init__(self, roots: Iterable[Path], max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._roots = tuple(roots)
+        self._measured = 0
+        self._written = 0  # since the measurement began
+        self._stop = threading.Event()
+        self._refused = False
+        self._thread = threading.Thread(target=self._measure, name="spool-budget", daemon=True)
+
+    def start(self) -> None:
+        if self.max_bytes:
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the measuring; a disk that hangs keeps its thread, which ends with the process."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=1)
+
+    @property
+    def used_bytes(self) -> int:
+        return self._measured + self._written
+
+    def allows(self, size: int) -> bool:
+        """Whether ``size`` further bytes may be written."""
+        if not self.max_bytes or self.used_bytes + size <= self.max_bytes:
+            return True
+        self._refused = True
+        return False
+
+    def spend(self, size: int) -> None:
+        """Counts what was written; a negative size, what was removed."""
+        self._written += size
+
+    def _measure(self) -> None:
+        while True:
+            before = self._written
+            measured = bytes_below(self._roots)
+            # Files written while measuring may count twice until the next time: the safe side.
+            self._measured, self._written = measured, self._written - before
+            refused, self._refused = self._refused, False
+            if self._stop.wait(MEASURE_WHEN_FULL_SECONDS if refused else MEASURE_SECONDS):
+                return

@@ -1,0 +1,242 @@
+"""The files that the writer thread has open. Everything here runs on that thread, and may block or raise OSError.
+
+On disk: JSON lines, UTF-8, each ending in one LF. A file has one writer ever; it only grows, by whole lines; when a
+write fails half-way the file is cut back to its last whole line before anything else is written. It is closed, for
+good, when its partition's time is over or at ``roll_bytes``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from proxy.ledger import Ledger
+from proxy.settings import RollingRate
+from proxy.spool.budget import Budget
+from proxy.spool.layout import Place, instance_id, partition
+from proxy.spool.recovery import Journal
+
+MAX_LINES_PER_APPEND = 1024  # IOV_MAX
+_EXISTENCE_CHECK_SECONDS = 1.0
+_FILE_MODE = 0o640
+_FOLDER_MODE = 0o750
+
+
+class SpoolFull(Exception):
+    """The disk budget allows no more."""
+
+
+class LineFile:
+    """One file of lines, from its creation to its last line."""
+
+    def __init__(self, path: Path, partition_name: str) -> None:
+        path.parent.mkdir(mode=_FOLDER_MODE, parents=True, exist_ok=True)
+        self.path = path
+        self.partition = partition_name
+        self.length = 0
+        self.torn = False
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, _FILE_MODE)
+
+    def append(self, lines: list[bytes], size: int) -> None:
+        """Appends all of ``lines`` (``size`` bytes together) or nothing. Raises OSError."""
+        try:
+            written = os.writev(self._fd, lines)
+            if written < size:
+                rest = memoryview(b"".join(lines))[written:]
+                while rest:
+                    rest = rest[os.write(self._fd, rest) :]
+        except OSError:
+            try:
+                os.ftruncate(self._fd, self.length)
+            except OSError:
+                self.torn = True  # nothing may follow half a line
+            raise
+        self.length += size
+
+    def sync(self) -> None:
+        os.fdatasync(self._fd)
+
+    def exists(self) -> bool:
+        """False when somebody has deleted the file: what is written to it would be lost."""
+        return os.fstat(self._fd).st_nlink > 0
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class BodyPart:
+    """A body that is being written to a file of its own; it gets its name when its line is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.length = 0
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _FILE_MODE)
+
+    def write(self, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(self._fd, rest) :]
+        self.length += len(data)
+
+    def close(self, *, sync: bool = False) -> None:
+        if sync:
+            os.fsync(self._fd)
+        os.close(self._fd)
+
+
+class Files:
+    """Appends lines to the current file of each collection, and keeps bodies in files of their own."""
+
+    def __init__(
+        self,
+        places: Mapping[str, Place],
+        *,
+        rate: RollingRate,
+        roll_bytes: int,
+        sync: bool,
+        process_id: str,
+        journal: Journal,
+        budget: Budget,
+        ledger: Ledger,
+    ) -> None:
+        self._places = places
+        self._rate = rate
+        self._roll_bytes = roll_bytes
+        self._sync = sync
+        self._process_id = process_id
+        self._journal = journal
+        self._budget = budget
+        self._ledger = ledger
+        self._number = 0
+        self._current: dict[str, LineFile] = {}
+        self._unsynced: set[LineFile] = set()
+        self._partition = ""
+        self._minute = -1
+        self._checked_at = 0.0
+
+    def begin(self, epoch_seconds: float) -> None:
+        """Begins a group of writes: lines and bodies of one group share a partition."""
+        minute = int(epoch_seconds // 60)
+        if minute != self._minute:
+            self._minute = minute
+            self._partition = partition(self._rate, epoch_seconds)
+            for collection, file in list(self._current.items()):
+                if file.partition != self._partition:
+                    self._close(collection)
+        if abs(epoch_seconds - self._checked_at) >= _EXISTENCE_CHECK_SECONDS:
+            self._checked_at = epoch_seconds
+            for collection, file in list(self._current.items()):
+                if not file.exists():
+                    self._close(collection)
+
+    def append(self, collection: str, lines: list[bytes]) -> None:
+        """Appends at most MAX_LINES_PER_APPEND lines, all or none. Raises SpoolFull or OSError."""
+        size = sum(map(len, lines))
+        if not self._budget.allows(size):
+            raise SpoolFull
+        file = self._current.get(collection)
+        if file is not None and file.length and file.length + size > self._roll_bytes:
+            self._close(collection)
+            file = None
+        if file is None:
+            file = self._open(collection)
+        try:
+            file.append(lines, size)
+        except OSError:
+            if file.torn:
+                self._close(collection)
+            raise
+        self._budget.spend(size)
+        if self._sync:
+            self._unsynced.add(file)
+
+    def end(self) -> None:
+        """Ends a group: with durability ``synced`` its lines are on the disk after this."""
+        while self._unsynced:
+            self._unsynced.pop().sync()
+
+    # --- bodies ---
+
+    def open_body(self, collection: str, event_id: str) -> BodyPart:
+        path = self._places[collection].unfinished(event_id)
+        path.parent.mkdir(mode=_FOLDER_MODE, parents=True, exist_ok=True)
+        self._journal.note(path)
+        return BodyPart(path)
+
+    def write_body(self, part: BodyPart, data: bytes) -> None:
+        """Raises SpoolFull or OSError."""
+        if not self._budget.allows(len(data)):
+            raise SpoolFull
+        part.write(data)
+        self._budget.spend(len(data))
+
+    def finish_body(self, part: BodyPart, collection: str, event_id: str, *, large: bool) -> str:
+        """Gives the body its name; the URL that its line points to."""
+        path, url = self._places[collection].body(self._partition, event_id, large=large)
+        path.parent.mkdir(mode=_FOLDER_MODE, parents=True, exist_ok=True)
+        part.close(sync=self._sync)
+        part.path.rename(path)
+        if self._sync:
+            _sync_folder(path.parent)
+        return url
+
+    def drop_body(self, part: BodyPart) -> None:
+        """Removes a body that no line will point to."""
+        with contextlib.suppress(OSError):
+            part.close()
+        with contextlib.suppress(OSError):
+            part.path.unlink(missing_ok=True)
+        self._budget.spend(-part.length)
+
+    def keep_body(self, collection: str, event_id: str, pieces: Iterable[bytes], *, large: bool) -> str | None:
+        """Writes a body that is at hand to a file of its own: its URL, or None when the disk does not take it."""
+        part = None
+        try:
+            part = self.open_body(collection, event_id)
+            for piece in pieces:
+                self.write_body(part, piece)
+            return self.finish_body(part, collection, event_id, large=large)
+        except BaseException as error:
+            if part is not None:
+                self.drop_body(part)
+            if not isinstance(error, SpoolFull | OSError):
+                raise
+            self._ledger.cut_body()
+            return None
+
+    # --- files ---
+
+    def close(self) -> None:
+        """Closes every file; afterwards nothing of this process can be torn."""
+        whole = all(not file.torn for file in self._current.values())
+        for collection in list(self._current):
+            self._close(collection)
+        if whole:
+            self._journal.remove()
+
+    def _open(self, collection: str) -> LineFile:
+        self._number += 1
+        path = self._places[collection].lines(self._partition, instance_id(self._process_id, self._number))
+        self._journal.note(path)
+        file = LineFile(path, self._partition)
+        if self._sync:
+            _sync_folder(path.parent)
+        self._current[collection] = file
+        return file
+
+    def _close(self, collection: str) -> None:
+        file = self._current.pop(collection)
+        if file in self._unsynced:
+            self._unsynced.discard(file)
+            file.sync()
+        file.close()
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

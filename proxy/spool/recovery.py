@@ -1,0 +1,120 @@
+"""What a process that died left behind, and how it is put in order.
+
+Each process keeps one journal, ``{spool}/{process_id}.journal``: it holds a lock on it (the kernel drops the lock
+with the process) and adds a line, the path, for every file that it opens. A process that ends well removes its
+journal. So a journal that can be locked belongs to the dead, and names the only files that can be torn.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+logger = logging.getLogger("payload_logger.spool")
+
+_BLOCK_BYTES = 64 * 1024
+
+
+class Journal:
+    """This process's journal. Opening it raises OSError."""
+
+    def __init__(self, folder: Path, process_id: str) -> None:
+        self.path = folder / f"{process_id}.journal"
+        self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o640)
+        fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def note(self, path: Path) -> None:
+        """To be called before ``path`` is created. Raises OSError."""
+        os.write(self._fd, os.fsencode(path) + b"\n")
+
+    def remove(self) -> None:
+        """The process ends well: no file is torn."""
+        self.path.unlink(missing_ok=True)
+        os.close(self._fd)
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """What was found: processes that died, half lines cut off, bodies without a line removed."""
+
+    processes: int = 0
+    torn: int = 0
+    orphans: int = 0
+
+
+def recover(folder: Path) -> Recovered:
+    """Puts the files of dead processes in order. A file that can't be put in order is left, with a warning."""
+    processes = torn = orphans = 0
+    for journal in sorted(folder.glob("*.journal")):
+        try:
+            fd = os.open(journal, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue  # its process is alive
+            processes += 1
+            for path in _noted(fd):
+                if path.suffix == ".part":
+                    orphans += _remove(path)
+                else:
+                    torn += cut_torn_line(path)
+            journal.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning(
+                "Could not put in order what %s names: %s; it is tried again at the next start.", journal, error
+            )
+        finally:
+            os.close(fd)
+    return Recovered(processes, torn, orphans)
+
+
+def _noted(fd: int) -> list[Path]:
+    with open(fd, "rb", closefd=False) as file:
+        # The last line may be torn as well; then its file was not created yet.
+        return [Path(os.fsdecode(line[:-1])) for line in file if line.endswith(b"\n")]
+
+
+def _remove(path: Path) -> int:
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return 0
+    return 1
+
+
+def cut_torn_line(path: Path) -> int:
+    """Cuts off what follows the last line end of ``path``: 1 if there was something, else 0. Raises OSError.
+
+    A file without a whole line is removed.
+    """
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return 0
+    try:
+        size = os.fstat(fd).st_size
+        whole = _last_line_end(fd, size)
+        if whole < size:
+            os.ftruncate(fd, whole)
+        if whole == 0:
+            path.unlink(missing_ok=True)
+        return int(whole < size)
+    finally:
+        os.close(fd)
+
+
+def _last_line_end(fd: int, size: int) -> int:
+    end = size
+    while end > 0:
+        start = max(0, end - _BLOCK_BYTES)
+        newline = os.pread(fd, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0

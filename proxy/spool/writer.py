@@ -1,0 +1,305 @@
+"""The way from the event loop to the disk: a bounded hand-off, one writer thread, group writes.
+
+The loop hands over whole exchanges (``Spool.submit``) and pieces of large bodies (``BodyFile.write``); the thread
+takes all that waits, renders it, appends it with one ``writev`` per file, and tells the loop once per group. A disk
+that hangs stops the thread only: the loop lets responses go after ``max_hold`` and discards what exceeds the memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Protocol
+
+from proxy.ledger import Discard, Ledger
+from proxy.settings import Durability, WhenFull
+from proxy.spool.files import Files, SpoolFull
+
+logger = logging.getLogger("payload_logger.spool")
+
+# One group: small enough that rendering it holds the GIL for well under a millisecond or two of small exchanges.
+GROUP_JOBS = 64
+GROUP_BYTES = 1024 * 1024
+# Pieces of large bodies that may wait for the disk, all together; also what waits above memory_bytes at most.
+HANDOFF_BYTES = 16 * 1024 * 1024
+ENTRY_BYTES = 2 * 1024  # what an exchange takes in memory beside its bodies
+PROBE_SECONDS = 1.0  # while the disk fails, and traffic is rejected for it, one exchange in this time tries again
+
+
+class Store(Protocol):
+    """Where rendering puts bodies that don't fit in a line. ``Files`` is one."""
+
+    def keep_body(self, collection: str, event_id: str, pieces: Iterable[bytes], *, large: bool) -> str | None: ...
+
+
+class Entry(Protocol):
+    """What is recorded of one exchange: its lines, rendered on the writer thread."""
+
+    events: int
+    held_bytes: int  # of ``Spool.memory``, released once the entry is written
+
+    def render(self, store: Store) -> list[tuple[str, bytes]]:
+        """(collection, line) for each event, each line with its LF."""
+
+    def discard(self) -> None:
+        """The entry is not going to be rendered. Called on the loop."""
+
+
+class Flow(Protocol):
+    """A body that flows to the disk."""
+
+    def give_up(self) -> None:
+        """The disk makes no progress: nothing more of this body is to be handed over."""
+
+
+class Memory:
+    """The bytes of bodies in flight. Loop only."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.held_bytes = 0
+
+    def take(self, size: int) -> bool:
+        if self.held_bytes + size > self.limit_bytes:
+            return False
+        self.held_bytes += size
+        return True
+
+    def release(self, size: int) -> None:
+        self.held_bytes -= size
+
+
+_Job = tuple[Entry, "asyncio.Future[None] | None"] | Callable[[], int] | None
+
+
+class Spool:
+    """Takes what is to be recorded. Use: ``start``, ``submit`` …, ``await close``; all on the event loop."""
+
+    def __init__(
+        self,
+        files: Files,
+        ledger: Ledger,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        durability: Durability,
+        when_full: WhenFull,
+        max_hold_seconds: float,
+        memory_bytes: int,
+    ) -> None:
+        self.memory = Memory(memory_bytes)
+        self.ledger = ledger
+        self.files = files
+        self._loop = loop
+        self._holds = durability is not Durability.NONE
+        self._rejects = when_full is WhenFull.REJECT
+        self._max_hold_seconds = max_hold_seconds
+        self._queue: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="spool-writer", daemon=True)
+        self._closed: asyncio.Future[None] = loop.create_future()
+        self._held: deque[tuple[float, asyncio.Future[None]]] = deque()
+        self._hold_timer: asyncio.TimerHandle | None = None
+        self._spilled_bytes = 0
+        self._progress: asyncio.Event = asyncio.Event()
+        self._trouble: str | None = None  # set and cleared by the thread
+        self._lost_in_trouble = 0
+        self._probe_at = 0.0
+        self._behind = False
+
+    def start(self) -> None:
+        self._thread.start()
+
+    async def close(self, timeout_seconds: float = 10.0) -> None:
+        """Writes what waits, closes the files. A disk that hangs is left after ``timeout_seconds``."""
+        self._queue.put(None)
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await self._closed
+        except TimeoutError:
+            pending = self.ledger.account().pending
+            self.ledger.discard(Discard.STOPPED, pending)
+            logger.error("The disk did not answer within %g s; %d events were not recorded.", timeout_seconds, pending)
+        if self._hold_timer is not None:
+            self._hold_timer.cancel()
+        while self._held:
+            _set_done(self._held.popleft()[1])
+
+    # --- called by capture, on the loop ---
+
+    def admits(self) -> bool:
+        """Whether an exchange may pass. False only with ``when_full: reject``, while nothing can be recorded."""
+        if not self._rejects or (self._trouble is None and not self._behind):
+            return True
+        now = self._loop.time()
+        if now < self._probe_at:
+            return False
+        self._probe_at = now + PROBE_SECONDS
+        return True
+
+    def submit(self, entry: Entry) -> asyncio.Future[None] | None:
+        """Records ``entry``. What is returned is done when it is as durable as the settings ask; None: no need to wait."""
+        self.ledger.receive(entry.events)
+        if self.memory.held_bytes + ENTRY_BYTES > self.memory.limit_bytes + HANDOFF_BYTES:
+            self._refuse(entry)
+            return None
+        self.memory.held_bytes += ENTRY_BYTES
+        if not self._holds:
+            self._queue.put((entry, None))
+            return None
+        future = self._loop.create_future()
+        self._held.append((self._loop.time(), future))
+        if self._hold_timer is None:
+            self._hold_timer = self._loop.call_later(self._max_hold_seconds, self._let_go)
+        self._queue.put((entry, future))
+        return future
+
+    def hand_over(self, body: Flow, job: Callable[[], int], size: int) -> Awaitable[None] | None:
+        """Has the thread do ``job``, which holds ``size`` bytes of ``body`` and returns as many.
+
+        What is returned, if anything, is to be awaited before the next one.
+        """
+        self._spilled_bytes += size
+        self._queue.put(job)
+        return self._room(body) if self._spilled_bytes > HANDOFF_BYTES else None
+
+    # --- on the loop ---
+
+    def _refuse(self, entry: Entry) -> None:
+        self.ledger.discard(Discard.MEMORY_FULL, entry.events)
+        self.memory.release(entry.held_bytes)
+        entry.discard()
+        if not self._behind:
+            self._behind = True
+            logger.error(
+                "Recording is behind: the disk is slower than the traffic, or hangs. Events are discarded and counted."
+            )
+
+    def _let_go(self) -> None:
+        """Releases responses that have waited for max_hold."""
+        self._hold_timer = None
+        now = self._loop.time()
+        released = 0
+        while self._held:
+            since, future = self._held[0]
+            if not future.done():
+                left = since + self._max_hold_seconds - now
+                if left > 0:
+                    self._hold_timer = self._loop.call_later(left, self._let_go)
+                    break
+                future.set_result(None)
+                released += 1
+            self._held.popleft()
+        if released:
+            self.ledger.release_unheld(released)
+
+    def _written(self, done: list[tuple[Entry, asyncio.Future[None] | None]], spilled_bytes: int) -> None:
+        """A group is written, or discarded and counted."""
+        for entry, future in done:
+            self.memory.held_bytes -= entry.held_bytes + ENTRY_BYTES
+            if future is not None:
+                _set_done(future)
+        held = self._held
+        while held and held[0][1].done():
+            held.popleft()
+        self._behind = False
+        if spilled_bytes:
+            self._spilled_bytes -= spilled_bytes
+            self._progress.set()
+
+    async def _room(self, body: Flow) -> None:
+        """Waits until pieces of bodies may be handed over again; gives the body up when the disk makes no progress."""
+        while self._spilled_bytes > HANDOFF_BYTES:
+            self._progress.clear()
+            try:
+                async with asyncio.timeout(self._max_hold_seconds):
+                    await self._progress.wait()
+            except TimeoutError:
+                body.give_up()
+                return
+
+    # --- on the writer thread ---
+
+    def _run(self) -> None:
+        stopping = False
+        while not stopping:
+            job = self._queue.get()
+            group: list[tuple[Entry, asyncio.Future[None] | None]] = []
+            spilled = size = 0
+            self.files.begin(time.time())
+            lines: dict[str, list[bytes]] = {}
+            for _ in range(GROUP_JOBS):
+                if job is None:
+                    stopping = True
+                    break
+                if isinstance(job, tuple):
+                    group.append(job)
+                    size += self._render(job[0], lines)
+                else:
+                    spilled += job()
+                if size + spilled > GROUP_BYTES or self._queue.empty():
+                    break
+                job = self._queue.get_nowait()
+            self._append(lines)
+            self._tell(self._written, group, spilled)
+        try:
+            self.files.close()
+        except OSError as error:
+            logger.error("The spool's files could not be closed: %s.", error)
+        self._tell(_set_done, self._closed)
+
+    def _tell(self, function: Callable[..., None], *arguments: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:  # the loop was closed without waiting for a disk that hung
+            return
+
+    def _render(self, entry: Entry, lines: dict[str, list[bytes]]) -> int:
+        size = 0
+        try:
+            for collection, line in entry.render(self.files):
+                lines.setdefault(collection, []).append(line)
+                size += len(line)
+        except Exception:
+            self.ledger.discard(Discard.RENDER_FAILED, entry.events)
+            logger.exception(
+                "An event could not be rendered, by a defect of payload-logger; it is discarded and counted."
+            )
+        return size
+
+    def _append(self, lines: dict[str, list[bytes]]) -> None:
+        try:
+            for collection, group in lines.items():
+                try:
+                    self.files.append(collection, group)
+                except SpoolFull:
+                    self._fail(Discard.SPOOL_FULL, len(group), "the disk budget (spool.max_bytes) is used up")
+                except OSError as error:
+                    self._fail(Discard.WRITE_FAILED, len(group), f"{error.strerror}: {error.filename or 'spool file'}")
+                else:
+                    self.ledger.deliver(len(group))
+                    if self._trouble is not None:
+                        logger.warning(
+                            "Recording goes on; %d events were discarded since it stopped.", self._lost_in_trouble
+                        )
+                        self._trouble, self._lost_in_trouble = None, 0
+            self.files.end()
+        except OSError as error:
+            logger.error("Lines are written, but could not be synced to the disk: %s.", error)
+
+    def _fail(self, reason: Discard, events: int, words: str) -> None:
+        self.ledger.discard(reason, events)
+        self._lost_in_trouble += events
+        if self._trouble != words:
+            self._trouble = words
+            logger.error(
+                "Recording stopped: %s. Traffic goes on; events are discarded and counted until it is mended.", words
+            )
+
+
+def _set_done(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
