@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: run test check docs clean
+.PHONY: run test check bench docs clean
 
 run: $(VENV)/.installed
 	$(BIN)/payload-logger demo $(ARGS)
@@ -16,6 +16,9 @@ check: $(VENV)/.installed-test $(VENV)/.installed-check
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+bench: $(VENV)/.installed-test $(VENV)-bench/.installed   # wants wrk and nginx: apt-get install wrk nginx-light
+	PATH="$(abspath $(VENV))-bench/bin:$$PATH" $(BIN)/python benchmarks/run.py $(ARGS)
 
 docs: $(VENV)/.installed            # what is generated from the settings
 	$(BIN)/payload-logger schema > config/payload-logger.schema.json
@@ -38,5 +41,12 @@ $(VENV)/.installed-check: $(VENV)/.installed pyproject.toml
 	$(BIN)/python -m pip install --quiet --group check
 	@touch $@
 
+# The peers have an environment of their own: mitmproxy pins versions that we don't want.
+$(VENV)-bench/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-bench
+	$(VENV)-bench/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(VENV)-bench/bin/python -m pip install --quiet --group bench-peers
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist demo-data .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VENV)-bench build dist demo-data .mypy_cache .ruff_cache .pytest_cache

@@ -203,7 +203,7 @@ async def _listen(settings: Settings, relay: Relay) -> str:
 
 
 def _listen_reason(error: OSError) -> str:
-    reason = error.strerror or str(error)
+    reason = (error.strerror or str(error)).rpartition(": ")[2]  # asyncio repeats the address before it
     if "address already in use" in str(error).lower():
         return "the address is in use by another process; choose another one (--listen HOST:PORT)"
     return reason

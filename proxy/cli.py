@@ -150,6 +150,7 @@ def describe(settings: Settings, address: str) -> str:
 
 def _check(options: argparse.Namespace) -> int:
     from proxy.app import places, spool_path
+    from proxy.spool.layout import FOLDERS  # noqa: PLC0415
 
     loaded = _load(options)
     settings = loaded.settings
@@ -158,7 +159,7 @@ def _check(options: argparse.Namespace) -> int:
     print(f"listen     {settings.proxy.listen}")
     print(f"upstream   {settings.proxy.upstream}")
     for name, place in places(settings).items():
-        print(f"{name:<10} {place.root}/{settings.data_collector.rolling_rate.value.lower()} folders/*.jsonl")
+        print(f"{name:<10} {place.root}/{FOLDERS[settings.data_collector.rolling_rate]}/*.jsonl")
     print(f"locks      {spool_path(settings)}")
     print("The configuration is valid.")
     return 0

@@ -144,7 +144,7 @@ def bare(declared: inspect.Type) -> tuple[inspect.Type, str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Scalars stay text, but for null and merge keys; a mapping may not have the same key twice."""
+    """Whatever YAML would guess a scalar to be, but for null, it stays text; a mapping may not have the same key twice."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -154,7 +154,7 @@ class _Loader(yaml.SafeLoader):
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
         for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.tag.endswith(":merge"):
+            if not isinstance(key, yaml.ScalarNode):
                 continue
             line = key.start_mark.line + 1
             if key.value in lines:
@@ -165,12 +165,9 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.yaml_constructors = yaml.SafeLoader.yaml_constructors | {  # an explicit !!int says no more than the key does
-    f"tag:yaml.org,2002:{name}": yaml.SafeLoader.construct_yaml_str for name in ("int", "float", "bool", "timestamp")
+_Loader.yaml_constructors = yaml.SafeLoader.yaml_constructors | {
+    f"tag:yaml.org,2002:{guess}": yaml.SafeLoader.construct_yaml_str
+    for guess in ("int", "float", "bool", "timestamp", "value")
 }
 
 
@@ -198,7 +195,7 @@ def _parse(text: str) -> tuple[object, list[str]]:
 
 def _read_file(file: Path, findings: _Findings) -> Tree:
     try:
-        tree, duplicates = _parse(file.read_text(encoding="utf-8-sig"))
+        tree, duplicates = _parse(file.read_text(encoding="utf-8"))
     except OSError as error:
         findings.add((), f"cannot be read: {error.strerror}")
     except UnicodeDecodeError as error:

@@ -277,7 +277,9 @@ def test_a_relative_path_becomes_an_absolute_url(read: Load) -> None:
 
 
 def test_plain_yaml_words_are_not_guessed_at(read: Load) -> None:
-    loaded = read("{endpoint_name: on, name: 0123, proxy: {forwarded_headers: off}}")  # YAML 1.1: true, 83, false
+    loaded = read(
+        "{endpoint_name: on, name: 0123, proxy: {forwarded_headers: off}, logs: {level: null}, tags: =}"
+    )  # YAML 1.1: true, 83, false
     assert loaded.settings.proxy.forwarded_headers is ForwardedHeaders.OFF
     assert (loaded.settings.endpoint_name, loaded.settings.name) == ("on", "0123")
 
@@ -466,6 +468,9 @@ def test_collection_names_are_folders_too(problems: Problems) -> None:
     text = "data_collector: {collections: {_x: {enabled: true}, null: {enabled: true}}}"
     collections = "data_collector.collections"
     assert problems(text) == [f"{collections}._x: '_x' {NAME}", f"{collections}.null: null {NAME}"]
+    below = {"enabled": True, "data": {"path": "/x"}}
+    text = json.dumps({"data_collector": {"collections": {"request": below, "a/b": below}}})
+    assert problems(text) == [f"{collections}.a/b: 'a/b' {NAME}"]
 
 
 def test_a_section_without_its_required_keys(problems: Problems) -> None:
@@ -536,6 +541,10 @@ def test_long_values_and_keys_are_shortened(problems: Problems) -> None:
     assert problems(key("y" * 500, 1)) == [f"{'y' * 60}: unknown key"]
 
 
+def test_a_problem_is_one_line(problems: Problems) -> None:
+    assert problems(json.dumps({"y\ny\u2028": 1})) == [r"y\ny\u2028: unknown key"]
+
+
 # The file
 
 
@@ -561,6 +570,7 @@ def test_long_values_and_keys_are_shortened(problems: Problems) -> None:
         (b"[" * 5000, "nested too deeply"),
         (b"name: a\nname: b", "line 2: duplicate key 'name', first on line 1"),
         (b"tags: {x: {y: 1, 'y': 2}}", "line 1: duplicate key 'y', first on line 1"),
+        (b"tags: {x: &x {}, y: {<<: *x, <<: *x}}", "line 1: duplicate key '<<', first on line 1"),
     ],
 )  # fmt: skip
 def test_a_file_that_is_no_configuration(problems: Problems, content: bytes, problem: str) -> None:
@@ -719,6 +729,7 @@ def test_what_kubernetes_sets_for_services_is_not() -> None:
         ("[::]:8080", "http://[::1]:8080"),
         ("localhost:8080", "0.0.0.0:8080"),
         ("model:8080", "http://MODEL:8080"),
+        ("[::]:8080", "http://0.0.0.0:8080"),
         ("unix:/run/x", "unix:/run/x"),
     ],
 )
@@ -729,7 +740,12 @@ def test_an_upstream_that_is_the_proxy_itself(problems: Problems, listen: str, u
 
 @pytest.mark.parametrize(
     ("listen", "upstream"),
-    [("0.0.0.0:8080", "http://model:8080"), ("127.0.0.1:8080", "http://10.0.0.1:8080"), (":0", "0.0.0.0:1")],
+    [
+        ("0.0.0.0:8080", "http://model:8080"),
+        ("127.0.0.1:8080", "http://10.0.0.1:8080"),
+        (":0", "0.0.0.0:1"),
+        ("[::]:80", "http://10.0.0.1"),
+    ],
 )
 def test_an_upstream_with_the_same_port_elsewhere(read: Load, listen: str, upstream: str) -> None:
     read(json.dumps({"proxy": {"listen": listen, "upstream": upstream}}))
@@ -743,6 +759,7 @@ def test_listeners_that_take_the_same_port(problems: Problems, read: Load) -> No
         "admin.listen: the same address as custom_logging.listen",
     ]
     read("{proxy: {listen: '10.0.0.1:9000'}, admin: {listen: '127.0.0.1:9000'}, custom_logging: {listen: ':0'}}")
+    read("{admin: {listen: ':0'}, custom_logging: {listen: ':0'}}")
 
 
 def test_tls_files(problems: Problems, read: Load, tmp_path: Path) -> None:
@@ -783,6 +800,7 @@ def test_two_collections_with_one_root(problems: Problems, read: Load) -> None:
     one, other = "azureml://datastores/a/paths/x", "azureml://datastores/b/paths/x"
     assert problems(collections(request=one, response=other)) == [f"{response}: '{other}' {words}"]
     read(collections(request="/d/x", response="/d/y"))
+    read(collections(request="/a/paths/x", response="/b/paths/x"))
 
 
 def test_azure_blob_is_not_supported_yet(problems: Problems, read: Load) -> None:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
+from typing import Protocol
 
-from aiohttp.compression_utils import BrotliDecompressor, ZLibDecompressor, ZSTDDecompressor
+import brotli
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 STEP_BYTES = 256 * 1024
+MAX_CODINGS = 4
+MAX_MEMBERS = 4096  # of one gzip or zstd body; bgzip writes one for each 64 kB
+_INPUT_BYTES = 16 * 1024  # handed over at a time: what follows the end of a member is copied
 _CODINGS = {"gzip": "gzip", "x-gzip": "gzip", "deflate": "deflate", "br": "br", "zstd": "zstd"}
 
 
@@ -16,48 +26,98 @@ class Undecodable(Exception):
 
 
 def codings(header: str) -> tuple[str, ...] | None:
-    """The codings of a Content-Encoding header, in the order in which they were applied; None if one is unknown."""
+    """The codings of a Content-Encoding header, in the order in which they were applied; None if one is unknown.
+
+    More than MAX_CODINGS count as unknown, too.
+    """
     names = [name.strip().lower() for name in header.split(",")]
-    known = [_CODINGS.get(name) for name in names if name and name != "identity"]
-    return None if None in known else tuple(name for name in known if name is not None)
+    known = tuple(_CODINGS.get(name, "") for name in names if name and name != "identity")
+    return None if "" in known or len(known) > MAX_CODINGS else known
 
 
 def decoded(pieces: Iterable[bytes], encodings: tuple[str, ...], limit_bytes: int) -> Iterator[bytes]:
     """``pieces`` unpacked, in pieces of at most about STEP_BYTES. Raises Undecodable, also past ``limit_bytes`` (0: none)."""
     stream: Iterator[bytes] = iter(pieces)
     for encoding in reversed(encodings):
-        stream = _unpacked(stream, encoding)
-    total = 0
-    for piece in stream:
-        total += len(piece)
-        if limit_bytes and total > limit_bytes:
-            raise Undecodable(f"unpacks to more than {limit_bytes} bytes")
-        yield piece
+        stream = _unpacked(stream, encoding, limit_bytes)
+    return stream
 
 
-def _unpacked(pieces: Iterator[bytes], encoding: str) -> Iterator[bytes]:
-    decompressor: ZLibDecompressor | BrotliDecompressor | ZSTDDecompressor | None = None
-    try:
-        for data in pieces:
-            if decompressor is None:
-                decompressor = _decompressor(encoding, data)
-            piece = decompressor.decompress_sync(data, STEP_BYTES)
-            while piece:
+def _unpacked(pieces: Iterator[bytes], encoding: str, limit_bytes: int) -> Iterator[bytes]:
+    """One coding undone. The limit holds for each: a coding in between can unpack to much of which nothing is left."""
+    member: _Member | None = None
+    members = total = 0
+    for data in _cut(pieces):
+        more = False  # a full step leaves output behind
+        while data or more:
+            if member is None:
+                members += 1
+                if members > MAX_MEMBERS:
+                    raise Undecodable(f"has more than {MAX_MEMBERS} members")
+                member = _member(encoding, data)
+            try:
+                piece = member.decompress(data, STEP_BYTES)
+            except (zlib.error, brotli.error, zstd.ZstdError) as error:
+                raise Undecodable(str(error)) from error
+            total += len(piece)
+            if limit_bytes and total > limit_bytes:
+                raise Undecodable(f"unpacks to more than {limit_bytes} bytes")
+            if piece:
                 yield piece
-                piece = decompressor.decompress_sync(b"", STEP_BYTES) if decompressor.data_available else b""
-        if isinstance(decompressor, ZLibDecompressor) and not decompressor.eof:
-            raise Undecodable("ends within its compressed data")
-    except Undecodable:
-        raise
-    except Exception as error:  # each library has exceptions of its own, brotli's without a common base
-        raise Undecodable(str(error)) from error
+            if member.eof:
+                data, more, member = member.unused_data, False, None
+            else:
+                data, more = member.unconsumed_tail, bool(piece)
+    if member is not None:
+        raise Undecodable("ends within its compressed data")
 
 
-def _decompressor(encoding: str, first: bytes) -> ZLibDecompressor | BrotliDecompressor | ZSTDDecompressor:
+def _cut(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    for piece in pieces:
+        for start in range(0, len(piece), _INPUT_BYTES):
+            yield piece[start : start + _INPUT_BYTES]
+
+
+class _Member(Protocol):
+    """``zlib.decompressobj``, and what looks like it."""
+
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    @property
+    def unconsumed_tail(self) -> bytes: ...
+    def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
+
+
+class _Brotli:
+    unused_data = unconsumed_tail = b""  # a body has one member, and the library keeps its input
+
+    def __init__(self) -> None:
+        self._stream = brotli.Decompressor()
+
+    @property
+    def eof(self) -> bool:
+        return bool(self._stream.is_finished())
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        return bytes(self._stream.process(data, output_buffer_limit=max_length))
+
+
+class _Zstd(zstd.ZstdDecompressor):
+    unconsumed_tail = b""  # the library keeps its input
+
+    # RFC 9659: a window over 8 MB is not to be used on the web, nor to be provided for.
+    def __new__(cls) -> _Zstd:
+        return super().__new__(cls, options={zstd.DecompressionParameter.window_log_max: 23})
+
+
+def _member(encoding: str, first: bytes) -> _Member:
     if encoding == "br":
-        return BrotliDecompressor()
+        return _Brotli()
     if encoding == "zstd":
-        return ZSTDDecompressor()
+        return _Zstd()
+    if encoding == "gzip":
+        return zlib.decompressobj(16 + zlib.MAX_WBITS)
     # RFC 9110 §8.4.1.2: "deflate" is zlib's format, but some send the bare stream, whose first byte can't be zlib's 0x?8.
-    bare = encoding == "deflate" and (not first or first[0] & 0x0F != zlib.DEFLATED)
-    return ZLibDecompressor(encoding=encoding, suppress_deflate_header=bare)
+    return zlib.decompressobj(zlib.MAX_WBITS if first[0] & 0x0F == zlib.DEFLATED else -zlib.MAX_WBITS)

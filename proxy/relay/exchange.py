@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _NO_OPTIONS: frozenset[bytes] = frozenset()
 # A request body that came whole with its head is sent along with it, and can be sent again on a fresh connection.
 _REPLAYABLE_BYTES = 256 * 1024
+_ONE_WRITE_BYTES = 64 * 1024
 _STATUS_LINES: dict[tuple[int, str], bytes] = {}
 
 
@@ -186,8 +187,10 @@ class Exchange:
         return upstream, await self._response_message(upstream)
 
     def _write_request(self, upstream: UpstreamConnection, first: bytes) -> None:
-        upstream.write(self._request_head)
-        if first:
+        if len(first) <= _ONE_WRITE_BYTES:  # a system call costs more than this copy
+            upstream.write(self._request_head + first)
+        else:
+            upstream.write(self._request_head)
             upstream.write(first)
         if not self._body.done:
             self._upload = self._relay.loop.create_task(self._pass_request_body(upstream), name="upload")

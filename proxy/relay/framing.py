@@ -124,8 +124,8 @@ class ChunkedBody:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _keep_partial(self, partial: bytes) -> None:
-        limit = 1 if self._after_data else MAX_TRAILER_BYTES if self._in_trailers else MAX_CHUNK_LINE_BYTES
-        if len(partial) > limit:
+        limit = 0 if self._after_data else MAX_TRAILER_BYTES if self._in_trailers else MAX_CHUNK_LINE_BYTES
+        if len(partial) > limit + 1:  # its CR may have come already
             raise FramingError("a line of the chunked body is too long")
         self._partial = partial
 

@@ -26,6 +26,8 @@ HOP_BY_HOP = frozenset(
         b"upgrade",
     }
 )
+_USUAL_CONNECTION = frozenset({b"keep-alive", b"close"})  # what is dropped anyway
+_NO_OPTIONS: frozenset[bytes] = frozenset()
 # A Connection header can't name these: it would take away what frames, routes or identifies the message.
 _NOT_CONNECTION_OPTIONS = frozenset({b"content-length", b"host", b"x-request-id", b"content-type", b"content-encoding"})
 _FORWARDED = frozenset({b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host"})
@@ -71,8 +73,10 @@ def connection_options(headers: RawHeaders) -> frozenset[bytes]:
     named: set[bytes] = set()
     for name, value in headers:
         if name.lower() == b"connection":
+            if value.lower() in _USUAL_CONNECTION:
+                continue
             named.update(option.strip(b" \t").lower() for option in value.split(b","))
-    return frozenset(named - _NOT_CONNECTION_OPTIONS)
+    return frozenset(named - _NOT_CONNECTION_OPTIONS) if named else _NO_OPTIONS
 
 
 def valid_request_id(value: bytes | None) -> bool:

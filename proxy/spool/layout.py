@@ -16,13 +16,15 @@ from pathlib import Path
 
 from proxy.settings import RollingRate
 
-_FORMATS = {
-    RollingRate.YEAR: "%Y",
-    RollingRate.MONTH: "%Y/%m",
-    RollingRate.DAY: "%Y/%m/%d",
-    RollingRate.HOUR: "%Y/%m/%d/%H",
-    RollingRate.MINUTE: "%Y/%m/%d/%H/%M",
+FOLDERS = {
+    RollingRate.YEAR: "yyyy",
+    RollingRate.MONTH: "yyyy/MM",
+    RollingRate.DAY: "yyyy/MM/dd",
+    RollingRate.HOUR: "yyyy/MM/dd/HH",
+    RollingRate.MINUTE: "yyyy/MM/dd/HH/mm",
 }
+_DIRECTIVES = {"yyyy": "%Y", "MM": "%m", "dd": "%d", "HH": "%H", "mm": "%M"}
+_FORMATS = {rate: "/".join(map(_DIRECTIVES.__getitem__, folders.split("/"))) for rate, folders in FOLDERS.items()}
 
 
 @dataclass(frozen=True, slots=True)
