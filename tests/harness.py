@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import ssl
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +75,9 @@ async def proxy(upstream: str, storage: Path, **overrides: object) -> AsyncItera
     ).settings
     async with running(settings) as app:
         yield Proxy(app)
+    for thread in threading.enumerate():
+        if thread.name == "spool-writer":  # it says that it is done a moment before it ends
+            thread.join(1)
 
 
 @dataclass
@@ -81,14 +86,17 @@ class ModelServer:
 
     port: int
     connections: int = 0
+    scheme: str = "http"
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{self.scheme}://127.0.0.1:{self.port}"
 
 
 @contextlib.asynccontextmanager
-async def model_server(handler: Handler, port: int = 0) -> AsyncIterator[ModelServer]:
+async def model_server(
+    handler: Handler, port: int = 0, *, tls: ssl.SSLContext | None = None, unix_path: Path | None = None
+) -> AsyncIterator[ModelServer]:
     """Runs ``handler(reader, writer)`` for every connection; the writer is closed when it returns."""
     tasks: set[asyncio.Task[Any]] = set()
 
@@ -105,8 +113,12 @@ async def model_server(handler: Handler, port: int = 0) -> AsyncIterator[ModelSe
             tasks.discard(task)
             writer.close()
 
-    server = await asyncio.start_server(connected, "127.0.0.1", port, limit=2**24)
-    served = ModelServer(server.sockets[0].getsockname()[1])
+    if unix_path is not None:
+        server = await asyncio.start_unix_server(connected, unix_path, limit=2**24)
+        served = ModelServer(0)
+    else:
+        server = await asyncio.start_server(connected, "127.0.0.1", port, limit=2**24, ssl=tls)
+        served = ModelServer(server.sockets[0].getsockname()[1], scheme="https" if tls else "http")
     try:
         yield served
     finally:

@@ -20,7 +20,11 @@ _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
 class HeadTooLong(Exception):
-    """The head of a message is over the limit."""
+    """The head of a message is over the limit; ``in_start_line`` says whether its first line alone is."""
+
+    def __init__(self, data: bytes, max_bytes: int) -> None:
+        super().__init__(max_bytes)
+        self.in_start_line = b"\n" not in data[:max_bytes]
 
 
 def require_c_parser() -> None:
@@ -41,6 +45,7 @@ class Connection(asyncio.Protocol):
         "_received_bytes",
         "_waiter",
         "_writing_paused",
+        "broken",
         "stirred",
         "transport",
     )
@@ -55,6 +60,7 @@ class Connection(asyncio.Protocol):
         self._received_bytes = 0
         self._waiter: asyncio.Future[None] | None = None
         self._lost: Exception | None = None
+        self.broken = False  # lost in another way than by an orderly close
         # Set by whatever moves, cleared by the sweep: time-outs cost the traffic path neither a timer nor a clock.
         self.stirred = True
 
@@ -78,6 +84,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._lost = self._lost or ConnectionResetError(str(exc) if exc else "connection closed")
+        self.broken = exc is not None
         self.transport = None
         self._wake()
         self._wake_writer()
@@ -99,6 +106,11 @@ class Connection(asyncio.Protocol):
     @property
     def has_input(self) -> bool:
         return bool(self._pieces)
+
+    @property
+    def awaited(self) -> bool:
+        """Whether somebody waits for this peer to send."""
+        return self._waiter is not None
 
     async def receive(self) -> bytes:
         """The next bytes, or b"" when the peer has closed. Raises what ``fail`` was given."""
@@ -136,13 +148,13 @@ class Connection(asyncio.Protocol):
             if end >= 0:
                 end += 4
                 if end > max_bytes:
-                    raise HeadTooLong
+                    raise HeadTooLong(data, max_bytes)
                 if end < len(data):
                     self.unread(data[end:])
                     return data[:end]
                 return data
             if len(data) > max_bytes:
-                raise HeadTooLong
+                raise HeadTooLong(data, max_bytes)
             searched = max(0, len(data) - 3)
             more = await self.receive()
             if not more:
@@ -161,6 +173,7 @@ class Connection(asyncio.Protocol):
 
     def write(self, data: bytes) -> None:
         """Sends ``data``, or drops it when the connection is gone: readers are told of that, writers need not be."""
+        self.stirred = True
         if self.transport is not None:
             self.transport.write(data)
 

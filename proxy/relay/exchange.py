@@ -11,7 +11,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 import orjson
-from aiohttp.http import HttpVersion10, RawRequestMessage, RawResponseMessage
+from aiohttp.http import HttpVersion10, HttpVersion11, RawRequestMessage, RawResponseMessage
 
 from proxy import ids
 from proxy.relay.faults import Fault, RequestFault, UpstreamFault, UpstreamInvalid, UpstreamLost
@@ -30,6 +30,7 @@ from proxy.relay.upstream import STALE_SECONDS, UpstreamConnection
 if TYPE_CHECKING:
     from proxy.relay.server import Downstream, Relay
 
+_VERSIONS = (HttpVersion11, HttpVersion10)
 _NO_OPTIONS: frozenset[bytes] = frozenset()
 # A request body that came whole with its head is sent along with it, and can be sent again on a fresh connection.
 _REPLAYABLE_BYTES = 256 * 1024
@@ -91,6 +92,8 @@ class Exchange:
     def _open(self) -> None:
         """Checks the request, opens its recording, writes the head for the model server."""
         message = self._message
+        if message.version not in _VERSIONS:
+            raise RequestFault("only HTTP/1.1 and HTTP/1.0 are spoken", HTTPStatus.HTTP_VERSION_NOT_SUPPORTED)
         length = self._frame_request()
         incoming = message.headers.get("x-request-id")
         incoming_id = incoming.encode("utf-8", "surrogateescape") if incoming is not None else None
@@ -180,7 +183,8 @@ class Exchange:
         try:
             return upstream, await self._response_message(upstream)
         except UpstreamLost:
-            if pooled is None or not replayable or self._relay.loop.time() - sent_at > STALE_SECONDS:
+            late = self._relay.loop.time() - sent_at > STALE_SECONDS
+            if pooled is None or pooled.answering or late or not replayable:
                 raise
         self._upstream = upstream = await pool.connect()
         self._write_request(upstream, first)
@@ -254,7 +258,7 @@ class Exchange:
                 await client.drain()
             data = await upstream.receive()
             if not data:
-                if not until_close:
+                if not until_close or upstream.broken:
                     raise UpstreamLost("the model server closed the connection before its response was complete")
                 ready = b""
                 break
@@ -296,7 +300,10 @@ class Exchange:
         """Gives the upstream connection back if it is fit for another exchange."""
         self._upstream = None
         # A server that wrongly sends a body with these would have it taken for its next answer.
-        bodyless = self._method == "HEAD" or (message.code in (204, 304) and "content-length" in message.headers)
+        headers = message.headers
+        bodyless = self._method == "HEAD" or (
+            message.code in (204, 304) and ("content-length" in headers or "transfer-encoding" in headers)
+        )
         if message.should_close or isinstance(body, CloseBody) or not self._body.done or body.rest or bodyless:
             upstream.close()
         else:

@@ -6,6 +6,7 @@ forwarding), RFC 9112 §3.2 (request target) and §6 (framing).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -54,17 +55,22 @@ _NOT_TRAILERS = (
 )
 MAX_REQUEST_ID = 100  # characters; the Azure inference server answers 431 above that
 
+_BLANK_BEFORE_COLON = re.compile(rb"\r\n[^:\r]*[ \t]:")  # RFC 9112 §5.1
 _CONTROLS = bytes(code for code in (*range(0x09), 0x0B, 0x0C, *range(0x0E, 0x20), 0x7F))
 
 
 def is_clean(head: bytes) -> bool:
-    """Whether a head has no control characters, bare CR or LF, or folded lines; aiohttp's response parser lets them by."""
+    """Whether a response head has no control characters, bare CR or LF, folded lines or blanks before a colon.
+
+    aiohttp's response parser lets them by.
+    """
     lines = head.count(b"\r\n")
     return (
         head.count(b"\r") == lines == head.count(b"\n")
         and b"\r\n " not in head
         and b"\r\n\t" not in head
         and len(head.translate(None, _CONTROLS)) == len(head)
+        and ((b" :" not in head and b"\t:" not in head) or _BLANK_BEFORE_COLON.search(head) is None)
     )
 
 

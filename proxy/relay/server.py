@@ -114,8 +114,12 @@ class Downstream(Connection):
                 if head.strip(b"\r\n"):  # RFC 9112 §2.2: empty lines before a request line are ignored
                     return self._parse(head)
             return None
-        except HeadTooLong:
-            fault = RequestFault("the request's head is too long", 431)
+        except HeadTooLong as error:
+            fault = (
+                RequestFault("the request's target is too long", 414)
+                if error.in_start_line
+                else RequestFault("the request's head is too long", 431)
+            )
         except RequestFault as error:
             fault = error
         self._relay.count_fault(fault)
@@ -144,10 +148,9 @@ class Downstream(Connection):
     async def _linger(self) -> None:
         """Closes in a way that lets the client read the answer though it is still sending (RFC 9112 §9.6)."""
         await self.drain()
-        if self.transport is None or self.transport.is_closing():
-            return
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
+        if self.transport is None or self.transport.is_closing() or not self.transport.can_write_eof():
+            return  # TLS: to close it says goodbye, waits for the peer to do so too, and reads on until then
+        self.transport.write_eof()
         left = LINGER_BYTES
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LINGER_SECONDS):
@@ -206,11 +209,7 @@ class Relay:
 
     async def drain(self, seconds: float) -> int:
         """Stops accepting, lets the exchanges in flight finish; the number of those that were cut after ``seconds``."""
-        self.draining = True
-        for server in self._servers:
-            server.close()
-        for path in self._unix_paths:
-            path.unlink(missing_ok=True)
+        self._stop_listening()
         for connection in list(self.connections):
             connection.stop()
         deadline = self.loop.time() + seconds
@@ -222,7 +221,8 @@ class Relay:
         return len(cut)
 
     async def close(self) -> None:
-        """Ends everything that ``drain`` left."""
+        """Ends everything that ``drain`` left, or all at once."""
+        self._stop_listening()
         self._sweeper.cancel()
         for connection in list(self.connections):
             connection.cut()
@@ -230,6 +230,13 @@ class Relay:
             await asyncio.sleep(0)
         self.pool.close()
         await asyncio.sleep(0)
+
+    def _stop_listening(self) -> None:
+        self.draining = True
+        for server in self._servers:
+            server.close()
+        while self._unix_paths:
+            self._unix_paths.pop().unlink(missing_ok=True)
 
     def count_fault(self, fault: Fault) -> None:
         """Counts what the relay answered by itself, and says once when the model server goes and when it is back."""
@@ -246,14 +253,21 @@ class Relay:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
-            self.pool.sweep()
-            now = self.loop.time()
-            for connection in list(self.connections):
-                if connection.busy or connection.stirred:
-                    connection.stirred = False
-                    connection.quiet_since = now
-                elif now - connection.quiet_since > self._keepalive_timeout_seconds:
-                    connection.close()
+            try:
+                self.pool.sweep()
+                self._sweep_clients()
+            except Exception:
+                self.defects += 1
+                logger.exception("The sweep of idle connections failed by a defect of payload-logger; it goes on.")
+
+    def _sweep_clients(self) -> None:
+        now = self.loop.time()
+        for connection in list(self.connections):
+            if connection.busy or connection.stirred:
+                connection.stirred = False
+                connection.quiet_since = now
+            elif now - connection.quiet_since > self._keepalive_timeout_seconds:
+                connection.close()
 
 
 def _first_line(message: str) -> str:

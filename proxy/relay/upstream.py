@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ class Limits:
 class UpstreamConnection(Connection):
     """One connection to the model server, used for one exchange at a time."""
 
-    __slots__ = ("_limits", "_parser", "idle", "idle_since", "on_lost", "reused")
+    __slots__ = ("_limits", "_parser", "answering", "idle", "idle_since", "on_lost")
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, limits: Limits, on_lost: Callable[[UpstreamConnection], None]
@@ -79,13 +80,14 @@ class UpstreamConnection(Connection):
         )
         self.idle = False
         self.idle_since = 0.0
-        self.reused = False
+        self.answering = False  # whether a byte of the answer has come
         self.on_lost = on_lost
 
     def data_received(self, data: bytes) -> None:
         if self.idle:  # bytes that nobody asked for: the next answer could not be told from them
             self.abort()
             return
+        self.answering = True
         super().data_received(data)
 
     def connection_lost(self, exc: BaseException | None) -> None:
@@ -166,7 +168,8 @@ class Pool:
             if self._loop.time() - connection.idle_since > self._keepalive_seconds:
                 connection.close()
                 continue
-            connection.reused = connection.stirred = True
+            connection.answering = False
+            connection.stirred = True
             return connection
         return None
 
@@ -213,10 +216,11 @@ class Pool:
         now = self._loop.time()
         for connection, since in list(self._quiet_since.items()):
             if connection.idle:
-                if now - connection.idle_since > self._keepalive_seconds:
+                # One that is closing is not looked at again: over TLS that takes until the peer says goodbye, too.
+                if not connection.lost and now - connection.idle_since > self._keepalive_seconds:
                     self._idle.remove(connection)
                     connection.close()
-            elif connection.stirred:
+            elif connection.stirred or not connection.awaited:  # a slow client is not the upstream's silence
                 connection.stirred = False
                 self._quiet_since[connection] = now
             elif self._idle_timeout_seconds and now - since > self._idle_timeout_seconds:
@@ -240,6 +244,7 @@ class Pool:
 def _reason(error: Exception) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not trusted ({error.verify_message})"
-    if isinstance(error, OSError) and error.strerror and not isinstance(error, ssl.SSLError):
-        return error.strerror
+    if isinstance(error, OSError) and error.errno and error.strerror and not isinstance(error, ssl.SSLError):
+        # asyncio's own words ("Connect call failed") don't say why; name resolution has negative numbers.
+        return os.strerror(error.errno) if error.errno > 0 else error.strerror
     return str(error) or type(error).__name__
