@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from proxy.relay.server import Downstream, Relay
 
 _VERSIONS = (HttpVersion11, HttpVersion10)
-_NO_OPTIONS: frozenset[bytes] = frozenset()
 # A request body that came whole with its head is sent along with it, and can be sent again on a fresh connection.
 _REPLAYABLE_BYTES = 256 * 1024
 _ONE_WRITE_BYTES = 64 * 1024
@@ -106,13 +105,11 @@ class Exchange:
         )
         pool = self._relay.pool
         target, authority = origin_form(message.path.encode("utf-8", "surrogateescape"), pool.address.base_path)
-        headers = message.raw_headers
-        has_options = "connection" in message.headers
         self._request_head = request_head(
             self._method.encode(),
             target,
-            headers,
-            dropped=connection_options(headers) if has_options else _NO_OPTIONS,
+            message.raw_headers,
+            dropped=connection_options(message.headers.getall("connection", ())),
             host=pool.address.host_header,
             set_host=pool.address.host_header if self._relay.rewrite_host else authority,
             request_id=self._request_id.encode(),
@@ -222,7 +219,12 @@ class Exchange:
             if self._message.version != HttpVersion10:
                 self._client.write(
                     response_head(
-                        _status_line(message), message.raw_headers, request_id=None, chunked=False, connection=None
+                        _status_line(message),
+                        message.raw_headers,
+                        dropped=connection_options(message.headers.getall("connection", ())),
+                        request_id=None,
+                        chunked=False,
+                        connection=None,
                     )
                 )
 
@@ -238,6 +240,7 @@ class Exchange:
         head = response_head(
             _status_line(message),
             message.raw_headers,
+            dropped=connection_options(message.headers.getall("connection", ())),
             request_id=self._request_id.encode(),
             chunked=chunked,
             connection=self._connection_header(),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from proxy.settings import ForwardedHeaders
 
@@ -27,13 +26,12 @@ HOP_BY_HOP = frozenset(
         b"upgrade",
     }
 )
-_USUAL_CONNECTION = frozenset({b"keep-alive", b"close"})  # what is dropped anyway
+_USUAL_CONNECTION = frozenset({"keep-alive", "close"})  # which name no header
 _NO_OPTIONS: frozenset[bytes] = frozenset()
 # A Connection header can't name these: it would take away what frames, routes or identifies the message.
 _NOT_CONNECTION_OPTIONS = frozenset({b"content-length", b"host", b"x-request-id", b"content-type", b"content-encoding"})
 _FORWARDED = frozenset({b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host"})
-_TE_TRAILERS = (b"TE: trailers", b"Connection: TE")
-_TRAILER = frozenset({b"trailer"})
+_END = b"\r\n"
 # RFC 9110 §6.5.1: a trailer must not frame, route, authenticate or describe the content.
 _NOT_TRAILERS = (
     HOP_BY_HOP
@@ -55,33 +53,24 @@ _NOT_TRAILERS = (
 )
 MAX_REQUEST_ID = 100  # characters; the Azure inference server answers 431 above that
 
-_BLANK_BEFORE_COLON = re.compile(rb"\r\n[^:\r]*[ \t]:")  # RFC 9112 §5.1
-_CONTROLS = bytes(code for code in (*range(0x09), 0x0B, 0x0C, *range(0x0E, 0x20), 0x7F))
+# A response head by the letter (RFC 9112 §5): no control characters, bare CR or LF, folded lines, blanks before a colon.
+# Possessive, so that no input makes it go back.
+_TEXT = rb"[\t\x20-\x7e\x80-\xff]*+\r\n"
+_RESPONSE_HEAD = re.compile(_TEXT + rb"(?:[^\x00-\x20\x7f:]++:" + _TEXT + rb")*+\r\n")
 
 
 def is_clean(head: bytes) -> bool:
-    """Whether a response head has no control characters, bare CR or LF, folded lines or blanks before a colon.
-
-    aiohttp's response parser lets them by.
-    """
-    lines = head.count(b"\r\n")
-    return (
-        head.count(b"\r") == lines == head.count(b"\n")
-        and b"\r\n " not in head
-        and b"\r\n\t" not in head
-        and len(head.translate(None, _CONTROLS)) == len(head)
-        and ((b" :" not in head and b"\t:" not in head) or _BLANK_BEFORE_COLON.search(head) is None)
-    )
+    """Whether a response head has the form that the RFC gives it; aiohttp's response parser lets others by."""
+    return _RESPONSE_HEAD.fullmatch(head) is not None
 
 
-def connection_options(headers: RawHeaders) -> frozenset[bytes]:
-    """The header names that the message's Connection headers declare hop-by-hop, in lower case."""
+def connection_options(values: Iterable[str]) -> frozenset[bytes]:
+    """The header names that a message's Connection headers declare hop-by-hop, in lower case."""
     named: set[bytes] = set()
-    for name, value in headers:
-        if name.lower() == b"connection":
-            if value.lower() in _USUAL_CONNECTION:
-                continue
-            named.update(option.strip(b" \t").lower() for option in value.split(b","))
+    for value in values:
+        if value.lower() not in _USUAL_CONNECTION:
+            options = value.encode("utf-8", "surrogateescape").split(b",")
+            named.update(option.strip(b" \t").lower() for option in options)
     return frozenset(named - _NOT_CONNECTION_OPTIONS) if named else _NO_OPTIONS
 
 
@@ -110,34 +99,40 @@ def origin_form(target: bytes, base_path: bytes) -> tuple[bytes, bytes | None]:
     return base_path + target, authority
 
 
-@dataclass(frozen=True, slots=True)
 class Forwarding:
-    """What the relay tells the model server of the client."""
+    """What the relay tells the model server of one client. ``client_address`` is None over a unix socket."""
 
-    mode: ForwardedHeaders
-    client_address: bytes | None  # None over a unix socket
-    scheme: bytes
+    __slots__ = ("_address", "_mode", "_scheme", "skipped")
 
+    def __init__(self, mode: ForwardedHeaders, client_address: bytes | None, scheme: bytes) -> None:
+        self._mode = mode
+        self._address = client_address
+        self._scheme = scheme
+        # What of a request is not passed on as it is, by whether its body is chunked.
+        skipped = HOP_BY_HOP if mode is ForwardedHeaders.OFF else HOP_BY_HOP | _FORWARDED
+        self.skipped = {True: skipped, False: skipped | {b"trailer"}}
 
-def _forwarded(headers: RawHeaders, forwarding: Forwarding, host: bytes) -> list[bytes]:
-    addresses: list[bytes] = []
-    scheme, original_host = forwarding.scheme, host
-    if forwarding.mode is ForwardedHeaders.APPEND:
-        for name, value in headers:
-            lower = name.lower()
-            if lower == b"x-forwarded-for":
-                addresses.append(value)
-            elif lower == b"x-forwarded-proto":
-                scheme = value
-            elif lower == b"x-forwarded-host":
-                original_host = value
-    if forwarding.client_address is not None:
-        addresses.append(forwarding.client_address)
-    lines = [b"X-Forwarded-For: " + b", ".join(addresses)] if addresses else []
-    lines.append(b"X-Forwarded-Proto: " + scheme)
-    if original_host:
-        lines.append(b"X-Forwarded-Host: " + original_host)
-    return lines
+    def lines(self, sent: list[tuple[bytes, bytes]], host: bytes) -> bytes:
+        """The X-Forwarded lines, for those that the client ``sent`` (lower-case names) and its Host."""
+        if self._mode is ForwardedHeaders.OFF:
+            return b""
+        addresses: list[bytes] = []
+        scheme, original_host = self._scheme, host
+        if self._mode is ForwardedHeaders.APPEND:
+            for name, value in sent:
+                if name == b"x-forwarded-for":
+                    addresses.append(value)
+                elif name == b"x-forwarded-proto":
+                    scheme = value
+                else:
+                    original_host = value
+        if self._address is not None:
+            addresses.append(self._address)
+        return b"%bX-Forwarded-Proto: %b\r\n%b" % (
+            b"X-Forwarded-For: %b\r\n" % b", ".join(addresses) if addresses else b"",
+            scheme,
+            b"X-Forwarded-Host: %b\r\n" % original_host if original_host else b"",
+        )
 
 
 def request_head(
@@ -159,16 +154,15 @@ def request_head(
     ``dropped`` are the client's connection options; ``set_host`` takes the place of the client's Host, and
     ``request_id`` that of its x-request-id unless ``has_request_id`` says that the client's own is good.
     """
-    forwarded = forwarding.mode is not ForwardedHeaders.OFF
-    if forwarded:
-        dropped |= _FORWARDED
-    if not chunked:
-        dropped |= _TRAILER
-    lines = [b"%b %b HTTP/1.1" % (method, target)]
+    skipped = forwarding.skipped[chunked]
+    parts = [method, b" ", target, b" HTTP/1.1\r\n"]
+    sent: list[tuple[bytes, bytes]] = []
     client_host: bytes | None = None
     for name, value in headers:
         lower = name.lower()
-        if lower in HOP_BY_HOP or lower in dropped:
+        if lower in skipped or lower in dropped:
+            if lower in _FORWARDED:
+                sent.append((lower, value))
             continue
         if lower == b"host":
             client_host = value
@@ -176,50 +170,45 @@ def request_head(
                 value = set_host
         elif lower == b"x-request-id" and not has_request_id:
             continue
-        lines.append(b"%b: %b" % (name, value))
+        parts += (name, b": ", value, _END)
     if client_host is None:  # HTTP/1.0
-        lines.append(b"Host: " + (set_host or host))
+        parts += (b"Host: ", set_host or host, _END)
     if not has_request_id:
-        lines.append(b"x-request-id: " + request_id)
-    if forwarded:
-        lines.extend(_forwarded(headers, forwarding, client_host or b""))
-    lines.extend(_TE_TRAILERS if te_trailers else ())
-    lines.append(b"Transfer-Encoding: chunked\r\n\r\n" if chunked else b"\r\n")
-    return b"\r\n".join(lines)
+        parts += (b"x-request-id: ", request_id, _END)
+    parts.append(forwarding.lines(sent, client_host or b""))
+    if te_trailers:
+        parts.append(b"TE: trailers\r\nConnection: TE\r\n")
+    parts.append(b"Transfer-Encoding: chunked\r\n\r\n" if chunked else _END)
+    return b"".join(parts)
 
 
 def response_head(
     status_line: bytes,
     headers: RawHeaders,
     *,
+    dropped: frozenset[bytes],
     request_id: bytes | None,
     chunked: bool,
     connection: bytes | None,
 ) -> bytes:
-    """The head that goes to the client. ``request_id`` is added unless the model server sent one itself (or it is None)."""
-    lines = [status_line]
-    dropped: frozenset[bytes] | None = None
+    """The head that goes to the client. ``dropped`` are the model server's connection options.
+
+    ``request_id`` is added unless the model server sent one itself (or it is None).
+    """
+    parts = [status_line, _END]
     for name, value in headers:
         lower = name.lower()
-        if lower in HOP_BY_HOP:
-            if lower == b"connection" and dropped is None:
-                dropped = connection_options(headers)
+        if lower in HOP_BY_HOP or lower in dropped or (lower == b"trailer" and not chunked):
             continue
         if lower == b"x-request-id":
             request_id = None
-        elif lower == b"trailer" and not chunked:
-            continue
-        lines.append(b"%b: %b" % (name, value))
-    if dropped:
-        lines[1:] = [line for line in lines[1:] if line.partition(b":")[0].lower() not in dropped]
+        parts += (name, b": ", value, _END)
     if request_id is not None:
-        lines.append(b"x-request-id: " + request_id)
+        parts += (b"x-request-id: ", request_id, _END)
     if connection is not None:
-        lines.append(b"Connection: " + connection)
-    if chunked:
-        lines.append(b"Transfer-Encoding: chunked")
-    lines.append(b"\r\n")
-    return b"\r\n".join(lines)
+        parts += (b"Connection: ", connection, _END)
+    parts.append(b"Transfer-Encoding: chunked\r\n\r\n" if chunked else _END)
+    return b"".join(parts)
 
 
 def allowed_trailers(trailers: tuple[bytes, ...]) -> tuple[bytes, ...]:

@@ -23,10 +23,15 @@ Headers = list[tuple[bytes, bytes]]
 OFF = Forwarding(ForwardedHeaders.OFF, b"10.0.0.1", b"http")
 
 
+def options(headers: Headers) -> frozenset[bytes]:
+    values = (value for name, value in headers if name.lower() == b"connection")
+    return connection_options(value.decode("utf-8", "surrogateescape") for value in values)
+
+
 def request(headers: Headers, *, forwarding: Forwarding = OFF, **changes: object) -> list[bytes]:
     """The lines of the head that goes to the model server."""
     arguments: dict[str, object] = {
-        "dropped": connection_options(headers),
+        "dropped": options(headers),
         "host": b"model:5001",
         "set_host": None,
         "request_id": b"id-1",
@@ -45,7 +50,9 @@ def request(headers: Headers, *, forwarding: Forwarding = OFF, **changes: object
 
 def response(headers: Headers, *, request_id: bytes | None = None, chunked: bool = False) -> list[bytes]:
     """The lines of the head that goes to the client."""
-    head = response_head(b"HTTP/1.1 200 OK", headers, request_id=request_id, chunked=chunked, connection=None)
+    head = response_head(
+        b"HTTP/1.1 200 OK", headers, dropped=options(headers), request_id=request_id, chunked=chunked, connection=None
+    )
     lines = head.split(b"\r\n")
     assert lines[0] == b"HTTP/1.1 200 OK"
     assert lines[-2:] == [b"", b""]
@@ -77,7 +84,7 @@ def test_headers_that_connection_names_are_stripped() -> None:
     """A1: in any case, from every Connection header, and wherever they stand."""
     headers = [(b"X-One", b"1"), (b"Connection", b"x-one , X-TWO,,"), (b"connection", b"x-Three"), (b"X-Two", b"2")]
     headers += [(b"x-three", b"3"), (b"X-Two", b"22"), (b"X-Four", b"4")]
-    assert connection_options(headers) >= {b"x-one", b"x-two", b"x-three"}
+    assert options(headers) >= {b"x-one", b"x-two", b"x-three"}
     assert request([(b"Host", b"h"), *headers]) == [b"Host: h", b"X-Four: 4"]
     assert response(headers) == [b"X-Four: 4"]
 
