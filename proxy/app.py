@@ -68,7 +68,8 @@ async def running(settings: Settings) -> AsyncIterator[App]:
         address = await _listen(settings, relay)
 
         gc.collect()
-        gc.freeze()
+        gc.freeze()  # what is there by now stays: no need to look at it again and again
+        stack.callback(gc.unfreeze)
         yield App(settings, relay, ledger, address)
 
         cut = await relay.drain(settings.proxy.drain_seconds)
@@ -88,7 +89,7 @@ def places(settings: Settings) -> dict[str, Place]:
         root, large = deployment / name, deployment
         if collection.data is not None and collection.data.path is not None:
             root = _own_root(storage, collection.data.path)
-            large = root / "_large"  # readers of the collection pass over names that begin with an underscore
+            large = root.parent / f"{root.name}-large"  # beside the root: what is below it is taken for lines
         found[name] = Place(root, root.as_uri(), large, large.as_uri())
     return found
 

@@ -150,7 +150,7 @@ def describe(settings: Settings, address: str) -> str:
 
 def _check(options: argparse.Namespace) -> int:
     from proxy.app import places, spool_path
-    from proxy.spool.layout import FOLDERS  # noqa: PLC0415
+    from proxy.spool.layout import FOLDERS
 
     loaded = _load(options)
     settings = loaded.settings

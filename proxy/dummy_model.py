@@ -24,7 +24,7 @@ def application() -> web.Application:
 
 async def start(host: str = "127.0.0.1", port: int = 0) -> tuple[web.AppRunner, str]:
     """Serves the application; its runner (to be cleaned up) and its URL."""
-    runner = web.AppRunner(application(), access_log=None, shutdown_timeout=1.0)
+    runner = web.AppRunner(application(), access_log=None, shutdown_timeout=1.0, auto_decompress=False)
     await runner.setup()
     await web.TCPSite(runner, host, port).start()
     bound = runner.addresses[0]

@@ -66,6 +66,7 @@ class Ledger:
     _unheld: int = 0
     _torn: int = 0
     _orphans: int = 0
+    _settled: bool = False
 
     def receive(self, events: int) -> None:
         with self._lock:
@@ -73,11 +74,21 @@ class Ledger:
 
     def deliver(self, events: int) -> None:
         with self._lock:
-            self._delivered += events
+            if not self._settled:
+                self._delivered += events
 
     def discard(self, reason: Discard, events: int) -> None:
         with self._lock:
-            self._discarded[reason.value] += events
+            if not self._settled:
+                self._discarded[reason.value] += events
+
+    def settle(self) -> int:
+        """Counts what is pending as STOPPED, for good: should the disk take it later, that is not counted. Their number."""
+        with self._lock:
+            pending = self._received - self._delivered - self._discarded.total()
+            self._discarded[Discard.STOPPED.value] += pending
+            self._settled = True
+            return pending
 
     def cut_body(self) -> None:
         with self._lock:

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
-import brotli
+import brotli  # type: ignore[import-untyped]
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -104,12 +104,23 @@ class _Brotli:
         return bytes(self._stream.process(data, output_buffer_limit=max_length))
 
 
-class _Zstd(zstd.ZstdDecompressor):
+class _Zstd:
     unconsumed_tail = b""  # the library keeps its input
 
-    # RFC 9659: a window over 8 MB is not to be used on the web, nor to be provided for.
-    def __new__(cls) -> _Zstd:
-        return super().__new__(cls, options={zstd.DecompressionParameter.window_log_max: 23})
+    def __init__(self) -> None:
+        # RFC 9659: on the web a window is at most 8 MB. The format allows gigabytes.
+        self._stream = zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: 23})
+
+    @property
+    def eof(self) -> bool:
+        return self._stream.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._stream.unused_data
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        return self._stream.decompress(data, max_length)
 
 
 def _member(encoding: str, first: bytes) -> _Member:

@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import orjson
 
+_CACHED_CHARACTERS = 128  # content types and methods are the client's to choose, and to make as long as a head may be
 RESERVED = frozenset(
     {
         "specversion",
@@ -75,7 +76,11 @@ def json_string(text: str) -> bytes:
         return orjson.dumps(text.encode("utf-8", "surrogateescape").decode("latin-1"))
 
 
-_json_string_cached = lru_cache(maxsize=1024)(json_string)
+_cached = lru_cache(maxsize=1024)(json_string)
+
+
+def _json_string_cached(text: str) -> bytes:
+    return _cached(text) if len(text) <= _CACHED_CHARACTERS else json_string(text)
 
 
 @lru_cache(maxsize=256)

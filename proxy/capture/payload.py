@@ -6,15 +6,18 @@ which in valid JSON stand between tokens. Text becomes a JSON string. Everything
 
 from __future__ import annotations
 
-import codecs
-from email.message import Message
+import contextlib
+import re
 from enum import Enum
 from functools import lru_cache
 
 import msgspec
 import orjson
 
+MAX_DEPTH = 100  # of JSON in a line: at 128 levels DuckDB gives up the whole dataset, at 1000 Spark the line
 _LINE_ENDS = b"\r\n"
+_ONE_KIND = bytes.maketrans(b"{}", b"[]")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 # What no text has: C0 controls but tab, LF, FF, CR and ESC (terminal output), and DEL.
 _NOT_TEXT = bytes(code for code in range(0x20) if code not in (0x09, 0x0A, 0x0C, 0x0D, 0x1B)) + b"\x7f"
 _TEXTUAL = frozenset(
@@ -34,6 +37,14 @@ _TEXTUAL = frozenset(
         "application/javascript",
     }
 )
+_REMEMBERED_CHARACTERS = 128  # content types are the client's to choose, and to make as long as a head may be
+_CHARSET = re.compile(r';[ \t]*charset[ \t]*=[ \t]*"?([\w.:+-]+)', re.ASCII | re.IGNORECASE)
+# Python's codecs are more than charsets: some unpack (zlib), some take quadratic time (punycode), and unknown names
+# are remembered for ever.
+_KNOWN_CHARSET = re.compile(
+    r"utf-?8|utf-?(16|32)([bl]e)?|(us-)?ascii|latin-?1|iso-?8859-\d{1,2}|windows-125\d|cp125\d|koi8-[ru]"
+    r"|shift[_-]jis|euc-(jp|kr)|iso-2022-jp|gb2312|gbk|gb18030|big5"
+)
 _check_json = msgspec.json.Decoder(msgspec.Raw).decode
 
 
@@ -46,20 +57,28 @@ class Kind(Enum):
     ABSENT = "absent"
 
 
-@lru_cache(maxsize=1024)
 def claim(content_type: str | None) -> tuple[Kind, str | None]:
-    """What a Content-Type header claims, and the charset that it names."""
-    if not content_type or not content_type.strip():
+    """What a Content-Type header claims, and the charset that it names, in lower case."""
+    if content_type is None:
         return Kind.ABSENT, None
-    header = Message()
-    header["Content-Type"] = content_type.encode("ascii", "replace").decode()
+    return _remembered_claim(content_type) if len(content_type) <= _REMEMBERED_CHARACTERS else _claim(content_type)
+
+
+def _claim(content_type: str) -> tuple[Kind, str | None]:
+    if not content_type.strip():
+        return Kind.ABSENT, None
     essence = content_type.partition(";")[0].strip().lower()
-    charset = header.get_content_charset()
+    # email.message takes seconds for a header full of semicolons.
+    found = _CHARSET.search(content_type)
+    charset = found[1].lower() if found else None
     if essence in ("application/json", "text/json") or essence.endswith("+json"):
         return Kind.JSON, charset
     if essence.startswith("text/") or essence.endswith(("+xml", "+yaml")) or essence in _TEXTUAL:
         return Kind.TEXT, charset
     return Kind.OTHER, charset
+
+
+_remembered_claim = lru_cache(maxsize=1024)(_claim)
 
 
 def embedded(body: bytes, content_type: str | None) -> tuple[bytes, str] | None:
@@ -78,7 +97,7 @@ def embedded(body: bytes, content_type: str | None) -> tuple[bytes, str] | None:
 def json_value(body: bytes) -> bytes | None:
     """``body`` without line ends if it is one JSON value in valid UTF-8, else None.
 
-    Lone surrogates (``"\\ud800"``) and nesting beyond about 1000 count as invalid: readers fail on them.
+    Lone surrogates (``"\\ud800"``) and nesting beyond MAX_DEPTH count as invalid: readers fail on them.
     """
     try:
         _check_json(body)
@@ -86,16 +105,30 @@ def json_value(body: bytes) -> bytes | None:
             body.decode()
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
         return None
+    if _is_deep(body):
+        return None
     if b"\n" in body or b"\r" in body:
         return body.translate(None, _LINE_ENDS)
     return body
 
 
+def _is_deep(json: bytes) -> bool:
+    if json.count(b"[") + json.count(b"{") <= MAX_DEPTH:
+        return False
+    if b"\\" in json:
+        json = json.replace(b"\\\\", b"").replace(b'\\"', b"")  # now every quote begins or ends a string
+    brackets = b"".join(json.split(b'"')[::2]).translate(_ONE_KIND, _NO_BRACKETS)
+    for _ in range(MAX_DEPTH):  # one level each
+        brackets = brackets.replace(b"[]", b"")
+        if not brackets:
+            return False
+    return True
+
+
 def _text(body: bytes, kind: Kind, charset: str | None) -> str | None:
-    if kind is Kind.TEXT and charset is not None:
-        text = _in_charset(body, charset)
-        if text is not None:
-            return text
+    if kind is Kind.TEXT and charset is not None and _KNOWN_CHARSET.fullmatch(charset):
+        with contextlib.suppress(UnicodeDecodeError, LookupError):
+            return body.decode(charset)
     try:
         text = body.decode()
     except UnicodeDecodeError:
@@ -103,13 +136,3 @@ def _text(body: bytes, kind: Kind, charset: str | None) -> str | None:
     if kind is Kind.TEXT or len(body.translate(None, _NOT_TEXT)) == len(body):
         return text
     return None
-
-
-def _in_charset(body: bytes, charset: str) -> str | None:
-    try:
-        text, _ = codecs.lookup(charset).decode(body)
-        # orjson refuses what some codecs (utf-7, raw_unicode_escape) let by: lone surrogates.
-        text.encode()
-    except (LookupError, ValueError, AttributeError, TypeError):
-        return None
-    return text if isinstance(text, str) else None

@@ -7,9 +7,11 @@ import re
 from collections.abc import Iterable
 from fnmatch import translate
 
+from proxy.relay.headers import origin_form
 from proxy.settings import REQUEST, RESPONSE, Capture, DataCollector
 
 _REMEMBERED = 4096
+_REMEMBERED_CHARACTERS = 256
 
 
 class Policy:
@@ -29,27 +31,37 @@ class Policy:
 
     def collections(self, method: str, target: str, request_id: str) -> frozenset[str]:
         """The collections that this exchange is recorded in, of ``request`` and ``response``."""
-        path = target.partition("?")[0]
-        key = (method, path)
-        selected = self._remembered.get(key)
-        if selected is None:
-            if len(self._remembered) >= _REMEMBERED:  # paths are the client's to choose
-                self._remembered.clear()
-            selected = self._remembered[key] = self._include.match(method, path) and not self._exclude.match(
-                method, path
-            )
-        if not selected:
+        if not self._selects(method, target.partition("?")[0] if target.startswith("/") else _path(target)):
             return frozenset()
         if not self._sampled:
             return self._all
         position = sample_position(request_id)
         return frozenset(name for name, rate in self.rates.items() if position < rate)
 
+    def _selects(self, method: str, path: str) -> bool:
+        selected = self._remembered.get((method, path))
+        if selected is None:
+            selected = self._include.match(method, path) and not self._exclude.match(method, path)
+            if len(path) <= _REMEMBERED_CHARACTERS:  # paths are the client's to choose
+                if len(self._remembered) >= _REMEMBERED:
+                    self._remembered.clear()
+                self._remembered[method, path] = selected
+        return selected
+
 
 def sample_position(request_id: str) -> float:
     """Where an exchange stands between 0 (always recorded) and 1. A higher rate records all that a lower one does."""
     digest = hashlib.blake2b(request_id.encode(), digest_size=8).digest()
     return int.from_bytes(digest[:7], "big") / 2**56
+
+
+def _path(target: str) -> str:
+    """The path of a target in absolute form (RFC 9112 §3.2.2)."""
+    return (
+        origin_form(target.encode("utf-8", "surrogateescape"), b"")[0]
+        .partition(b"?")[0]
+        .decode("utf-8", "surrogateescape")
+    )
 
 
 class _Rules:
@@ -60,7 +72,7 @@ class _Rules:
         for rule in rules:
             methods, _, pattern = rule.strip().rpartition(" ")
             names = frozenset(name.strip().upper() for name in methods.split(",") if name.strip())
-            self._rules.append((names, re.compile(translate(pattern))))
+            self._rules.append((names, re.compile(translate(pattern.replace("[", "[[]")))))
 
     def match(self, method: str, path: str) -> bool:
         return any((not names or method in names) and pattern.match(path) for names, pattern in self._rules)

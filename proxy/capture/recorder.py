@@ -21,6 +21,10 @@ from proxy.spool.writer import Spool, Store
 
 _JSON = "application/json"
 _BINARY = "application/octet-stream"
+# The values of capturestatus beside those of Ending.
+_TRUNCATED = "truncated"
+_UNDECODABLE = "undecodable"
+_LOST = "lost"
 
 
 class PayloadRecorder:
@@ -181,7 +185,7 @@ class ExchangeRecording:
             if self._request_complete:
                 status = Ending.COMPLETE.value
             elif self._ending is Ending.COMPLETE:
-                status = "truncated"  # the model server answered without reading it all
+                status = _TRUNCATED  # the model server answered without reading it all
             extensions = body.extensions(status) + b"".join(
                 field + json_string(", ".join(headers.getall(name)))
                 for name, field in recorder.header_fields
@@ -228,7 +232,7 @@ class ExchangeRecording:
     ) -> bytes:
         if not sized:
             return content_range(body.kept_bytes, None)
-        if complete and tee.kept_bytes == tee.length:
+        if complete and tee.kept_bytes == tee.length and not body.lost:
             return content_range(body.kept_bytes, body.kept_bytes)
         declared = int(headers.get("content-length", 0)) if headers is not None else tee.length
         return content_range(body.kept_bytes, max(declared, tee.length))
@@ -249,58 +253,73 @@ class RecordedBody:
     ) -> None:
         content_type = headers.get("content-type") if headers is not None else _JSON
         self._tee = tee
-        self._encoding = headers.get("content-encoding") if headers is not None else None
-        self._flaw: str | None = None if tee.kept_bytes == tee.length else "truncated"
+        self._encoding = _content_encoding(headers) if headers is not None else None
+        self._flaw: str | None = None if tee.kept_bytes == tee.length else _TRUNCATED
         self.content_type = content_type or _BINARY
         self.kept_bytes = tee.kept_bytes
         self.in_blob = False
         self.data = b"null"
         if tee.file is not None:
             # What is too large to hold stays as it was sent, packed or not.
-            large = not self._encoding and claim(content_type)[0] in (Kind.JSON, Kind.TEXT)
-            self._point_to(tee.file.finish(large=large))
+            packed = self._encoding is not None and codings(self._encoding) != ()
+            self._point_to(tee.file.finish(large=not packed and claim(content_type)[0] in (Kind.JSON, Kind.TEXT)))
         elif tee.kept_bytes:
             self._hold(store, content_type, max_inline_bytes, max_decoded_bytes)
         else:
             self.content_type = content_type or _JSON
 
     def _hold(self, store: Store, content_type: str | None, max_inline_bytes: int, max_decoded_bytes: int) -> None:
-        body: bytes | None = self._tee.whole()
+        body = self._tee.whole()
+        claimed = content_type
         encodings = codings(self._encoding) if self._encoding else ()
-        if encodings is None:  # a coding that is not known: its bytes are all that can be kept
-            content_type, body = _BINARY, None
+        if encodings is None:  # not known, or no coding at all, such as utf-8: the bytes tell what they are
+            claimed = None
         elif encodings:
             try:
-                body = _within(decoded(self._tee.pieces, encodings, max_decoded_bytes), max_inline_bytes)
-                if body is None:  # unpacked it is too large for a line
+                unpacked = _within(decoded(self._tee.pieces, encodings, max_decoded_bytes), max_inline_bytes)
+                if unpacked is None:  # too large for a line
                     large = claim(content_type)[0] in (Kind.JSON, Kind.TEXT)
                     counted = _Counted(decoded(self._tee.pieces, encodings, max_decoded_bytes))
-                    self._point_to(store.keep_body(self._tee.collection, self._tee.event_id, counted, large=large))
+                    url = store.keep_body(self._tee.collection, self._tee.event_id, counted, large=large)
                     self.kept_bytes = counted.total
+                    self._point_to(url)
                     return
-                self.kept_bytes = len(body)
+                body, self.kept_bytes = unpacked, len(unpacked)
             except Undecodable:
-                self._flaw = "undecodable"
-                content_type, body = _BINARY, None
-        value = embedded(body, content_type) if body is not None else None
-        if value is not None:
-            self.data, self.content_type = value
-            return
-        self._point_to(
-            store.keep_body(self._tee.collection, self._tee.event_id, (body or self._tee.whole(),), large=False)
-        )
+                self._flaw = self._flaw or _UNDECODABLE
+                claimed = None
+        value = embedded(body, claimed)
+        if not body:
+            self.content_type = content_type or _JSON
+        elif value is not None:
+            self.data, found_type = value
+            self.content_type = content_type or found_type
+        else:
+            self._point_to(store.keep_body(self._tee.collection, self._tee.event_id, (body,), large=False))
 
     def _point_to(self, url: str | None) -> None:
         if url is None:
-            self._flaw, self.kept_bytes = "lost", 0
+            self._flaw, self.kept_bytes = _LOST, 0
             return
         self.data = json_string(url)
         self.in_blob = True
 
+    @property
+    def lost(self) -> bool:
+        """The disk did not take it."""
+        return self._flaw == _LOST
+
     def extensions(self, status: str) -> bytes:
         """``status`` is how the exchange ended for this body; a flaw of its own comes first."""
-        fields = b',"capturestatus":"%b","bodybytes":%d' % ((self._flaw or status).encode(), self._tee.length)
+        if self._flaw is not None and (self._flaw != _UNDECODABLE or status == Ending.COMPLETE.value):
+            status = self._flaw  # that half a body can't be decoded is no flaw of its own
+        fields = b',"capturestatus":"%b","bodybytes":%d' % (status.encode(), self._tee.length)
         return fields + b',"contentencoding":' + json_string(self._encoding) if self._encoding else fields
+
+
+def _content_encoding(headers: CIMultiDictProxy[str]) -> str | None:
+    """All codings in the order in which they were applied; a list may come in several lines (RFC 9110 §5.3)."""
+    return ", ".join(headers.getall("content-encoding", ())) or None
 
 
 class _Counted:

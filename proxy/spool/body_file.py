@@ -28,6 +28,9 @@ class BodyFile:
         """Hands a piece over. What is returned, if anything, is to be awaited before the next one."""
         if self._given_up:
             return None
+        if self._spool.stalled:
+            self.give_up()
+            return None
         if self._limit_bytes and self.kept_bytes + len(data) > self._limit_bytes:
             data = data[: self._limit_bytes - self.kept_bytes]
             self._given_up = True

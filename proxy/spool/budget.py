@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -69,11 +70,14 @@ class Budget:
         self._written += size
 
     def _measure(self) -> None:
+        due = time.monotonic()
         while True:
-            before = self._written
-            measured = bytes_below(self._roots)
-            # Files written while measuring may count twice until the next time: the safe side.
-            self._measured, self._written = measured, self._written - before
-            refused, self._refused = self._refused, False
-            if self._stop.wait(MEASURE_WHEN_FULL_SECONDS if refused else MEASURE_SECONDS):
+            if self._refused or time.monotonic() >= due:
+                self._refused = False
+                before = self._written
+                measured = bytes_below(self._roots)
+                # Files written while measuring may count twice until the next time: the safe side.
+                self._measured, self._written = measured, self._written - before
+                due = time.monotonic() + MEASURE_SECONDS
+            if self._stop.wait(MEASURE_WHEN_FULL_SECONDS):
                 return

@@ -8,6 +8,7 @@ good, when its partition's time is over or at ``roll_bytes``.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,8 +19,9 @@ from proxy.spool.budget import Budget
 from proxy.spool.layout import Place, instance_id, partition
 from proxy.spool.recovery import Journal
 
+logger = logging.getLogger("payload_logger.spool")
+
 MAX_LINES_PER_APPEND = 1024  # IOV_MAX
-_EXISTENCE_CHECK_SECONDS = 1.0
 _FILE_MODE = 0o640
 _FOLDER_MODE = 0o750
 
@@ -58,9 +60,12 @@ class LineFile:
     def sync(self) -> None:
         os.fdatasync(self._fd)
 
-    def exists(self) -> bool:
-        """False when somebody has deleted the file: what is written to it would be lost."""
-        return os.fstat(self._fd).st_nlink > 0
+    def is_lost(self) -> bool:
+        """Whether somebody has deleted the file: what is written to it would be lost."""
+        try:
+            return os.fstat(self._fd).st_nlink == 0
+        except OSError:  # ESTALE of a network file system
+            return True
 
     def close(self) -> None:
         os.close(self._fd)
@@ -80,10 +85,14 @@ class BodyPart:
             rest = rest[os.write(self._fd, rest) :]
         self.length += len(data)
 
-    def close(self, *, sync: bool = False) -> None:
-        if sync:
-            os.fsync(self._fd)
-        os.close(self._fd)
+    def sync(self) -> None:
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        """Does nothing the second time: the number may be another file's by then."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
 
 
 class Files:
@@ -109,35 +118,45 @@ class Files:
         self._journal = journal
         self._budget = budget
         self._ledger = ledger
-        self._number = 0
+        self._number = 1
         self._current: dict[str, LineFile] = {}
         self._unsynced: set[LineFile] = set()
+        self._torn = False
+        self._bodies: dict[str, list[tuple[Path, int]]] = {}  # path, length: finished, and their lines not yet written
+        self._noted: dict[str, Path] = {}
+        self._noted_bodies: set[str] = set()
         self._partition = ""
         self._minute = -1
-        self._checked_at = 0.0
 
     def begin(self, epoch_seconds: float) -> None:
         """Begins a group of writes: lines and bodies of one group share a partition."""
         minute = int(epoch_seconds // 60)
         if minute != self._minute:
-            self._minute = minute
             self._partition = partition(self._rate, epoch_seconds)
             for collection, file in list(self._current.items()):
                 if file.partition != self._partition:
                     self._close(collection)
-        if abs(epoch_seconds - self._checked_at) >= _EXISTENCE_CHECK_SECONDS:
-            self._checked_at = epoch_seconds
-            for collection, file in list(self._current.items()):
-                if not file.exists():
-                    self._close(collection)
+            self._minute = minute
 
     def append(self, collection: str, lines: list[bytes]) -> None:
-        """Appends at most MAX_LINES_PER_APPEND lines, all or none. Raises SpoolFull or OSError."""
+        """Appends at most MAX_LINES_PER_APPEND lines, all or none. Raises SpoolFull or OSError.
+
+        The bodies that were finished before belong to these lines: they go when the lines are not written.
+        """
+        bodies = self._bodies.pop(collection, ())
+        try:
+            self._append(collection, lines)
+        except (SpoolFull, OSError):
+            for path, length in bodies:
+                self._remove_body(path, length)
+            raise
+
+    def _append(self, collection: str, lines: list[bytes]) -> None:
         size = sum(map(len, lines))
         if not self._budget.allows(size):
             raise SpoolFull
         file = self._current.get(collection)
-        if file is not None and file.length and file.length + size > self._roll_bytes:
+        if file is not None and (file.is_lost() or (file.length and file.length + size > self._roll_bytes)):
             self._close(collection)
             file = None
         if file is None:
@@ -146,6 +165,7 @@ class Files:
             file.append(lines, size)
         except OSError:
             if file.torn:
+                self._torn = True
                 self._close(collection)
             raise
         self._budget.spend(size)
@@ -153,16 +173,25 @@ class Files:
             self._unsynced.add(file)
 
     def end(self) -> None:
-        """Ends a group: with durability ``synced`` its lines are on the disk after this."""
+        """Ends a group: with durability ``synced`` its lines are on the disk after this. Raises OSError."""
+        failed: OSError | None = None
         while self._unsynced:
-            self._unsynced.pop().sync()
+            try:
+                self._unsynced.pop().sync()
+            except OSError as error:
+                failed = error
+        if failed is not None:
+            raise failed
 
     # --- bodies ---
 
     def open_body(self, collection: str, event_id: str) -> BodyPart:
-        path = self._places[collection].unfinished(event_id)
+        place = self._places[collection]
+        path = place.unfinished(self._process_id, event_id)
         path.parent.mkdir(mode=_FOLDER_MODE, parents=True, exist_ok=True)
-        self._journal.note(path)
+        if collection not in self._noted_bodies:
+            self._journal.note(place.unfinished(self._process_id, "*"))
+            self._noted_bodies.add(collection)
         return BodyPart(path)
 
     def write_body(self, part: BodyPart, data: bytes) -> None:
@@ -176,19 +205,21 @@ class Files:
         """Gives the body its name; the URL that its line points to."""
         path, url = self._places[collection].body(self._partition, event_id, large=large)
         path.parent.mkdir(mode=_FOLDER_MODE, parents=True, exist_ok=True)
-        part.close(sync=self._sync)
+        if self._sync:
+            part.sync()
+        part.close()
         part.path.rename(path)
+        part.path = path
         if self._sync:
             _sync_folder(path.parent)
+        self._bodies.setdefault(collection, []).append((path, part.length))
         return url
 
     def drop_body(self, part: BodyPart) -> None:
         """Removes a body that no line will point to."""
         with contextlib.suppress(OSError):
             part.close()
-        with contextlib.suppress(OSError):
-            part.path.unlink(missing_ok=True)
-        self._budget.spend(-part.length)
+        self._remove_body(part.path, part.length)
 
     def keep_body(self, collection: str, event_id: str, pieces: Iterable[bytes], *, large: bool) -> str | None:
         """Writes a body that is at hand to a file of its own: its URL, or None when the disk does not take it."""
@@ -206,32 +237,49 @@ class Files:
             self._ledger.cut_body()
             return None
 
+    def _remove_body(self, path: Path, length: int) -> None:
+        with contextlib.suppress(OSError):
+            path.unlink()
+            self._budget.spend(-length)
+
     # --- files ---
 
     def close(self) -> None:
-        """Closes every file; afterwards nothing of this process can be torn."""
-        whole = all(not file.torn for file in self._current.values())
+        """Closes every file. Nothing of this process can be torn afterwards, or its journal stays."""
         for collection in list(self._current):
             self._close(collection)
-        if whole:
+        if self._torn:
+            self._journal.leave()
+        else:
             self._journal.remove()
 
     def _open(self, collection: str) -> LineFile:
-        self._number += 1
         path = self._places[collection].lines(self._partition, instance_id(self._process_id, self._number))
-        self._journal.note(path)
-        file = LineFile(path, self._partition)
+        if path != self._noted.get(collection):  # a disk that fails is tried again and again, under the same name
+            self._journal.note(path)
+            self._noted[collection] = path
+        try:
+            file = self._current[collection] = LineFile(path, self._partition)
+        except FileExistsError:
+            self._number += 1  # not ours: never under this name again
+            raise
+        self._number += 1
         if self._sync:
             _sync_folder(path.parent)
-        self._current[collection] = file
         return file
 
     def _close(self, collection: str) -> None:
         file = self._current.pop(collection)
-        if file in self._unsynced:
-            self._unsynced.discard(file)
-            file.sync()
-        file.close()
+        try:
+            if file in self._unsynced:
+                self._unsynced.discard(file)
+                file.sync()
+        except OSError as error:
+            logger.error("%s: the last lines could not be synced to the disk: %s.", file.path, error)
+        try:
+            file.close()
+        except OSError as error:
+            logger.error("%s: the last lines may be lost: %s.", file.path, error)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -39,8 +39,8 @@ class Place:
     def lines(self, partition: str, instance_id: str) -> Path:
         return self.root / partition / f"{instance_id}.jsonl"
 
-    def unfinished(self, event_id: str) -> Path:
-        return self.root / f".{event_id}.part"
+    def unfinished(self, process_id: str, event_id: str) -> Path:
+        return self.root / f".{process_id}.{event_id}.part"
 
     def body(self, partition: str, event_id: str, *, large: bool) -> tuple[Path, str]:
         """Path and URL of a body in a file of its own."""

@@ -23,16 +23,45 @@ class Journal:
 
     def __init__(self, folder: Path, process_id: str) -> None:
         self.path = folder / f"{process_id}.journal"
-        self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o640)
-        fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._fd = self._create()
+        self._length = 0
+
+    def _create(self) -> int:
+        # It gets its name when it is locked: a process that starts meanwhile would take it for a dead one's.
+        unnamed = self.path.with_suffix(".new")
+        fd = os.open(unnamed, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o640)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            unnamed.rename(self.path)
+        except OSError:
+            os.close(fd)
+            raise
+        return fd
 
     def note(self, path: Path) -> None:
-        """To be called before ``path`` is created. Raises OSError."""
-        os.write(self._fd, os.fsencode(path) + b"\n")
+        """To be called before ``path`` is created; its name may be a pattern. Raises OSError, and has noted nothing then."""
+        if not os.fstat(self._fd).st_nlink:  # deleted, maybe with the whole dataset
+            self.path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+            fd = self._create()
+            os.close(self._fd)
+            self._fd, self._length = fd, 0
+        line = os.fsencode(path) + b"\n"
+        written = 0
+        try:
+            while written < len(line):
+                written += os.write(self._fd, line[written:])
+        except OSError:
+            os.ftruncate(self._fd, self._length)  # the next path must not follow half of this one
+            raise
+        self._length += written
 
     def remove(self) -> None:
         """The process ends well: no file is torn."""
         self.path.unlink(missing_ok=True)
+        os.close(self._fd)
+
+    def leave(self) -> None:
+        """The process ends, and the next one is to put its files in order."""
         os.close(self._fd)
 
 
@@ -58,17 +87,21 @@ def recover(folder: Path) -> Recovered:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue  # its process is alive
+            if not os.fstat(fd).st_nlink:
+                continue  # another process was faster
             processes += 1
+            in_order = True
             for path in _noted(fd):
-                if path.suffix == ".part":
-                    orphans += _remove(path)
-                else:
-                    torn += cut_torn_line(path)
-            journal.unlink(missing_ok=True)
-        except OSError as error:
-            logger.warning(
-                "Could not put in order what %s names: %s; it is tried again at the next start.", journal, error
-            )
+                try:
+                    if path.suffix == ".part":
+                        orphans += sum(map(_remove, path.parent.glob(path.name)))
+                    else:
+                        torn += cut_torn_line(path)
+                except OSError as error:
+                    in_order = False
+                    logger.warning("Could not put %s in order: %s; it is tried again at the next start.", path, error)
+            if in_order:
+                journal.unlink(missing_ok=True)
         finally:
             os.close(fd)
     return Recovered(processes, torn, orphans)

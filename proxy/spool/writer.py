@@ -13,8 +13,9 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Generator, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from proxy.ledger import Discard, Ledger
 from proxy.settings import Durability, WhenFull
@@ -29,6 +30,7 @@ GROUP_BYTES = 1024 * 1024
 HANDOFF_BYTES = 16 * 1024 * 1024
 ENTRY_BYTES = 2 * 1024  # what an exchange takes in memory beside its bodies
 PROBE_SECONDS = 1.0  # while the disk fails, and traffic is rejected for it, one exchange in this time tries again
+CALM_SECONDS = 0.5  # without a failure, before a disk counts as mended: one nearly full takes some lines and not others
 
 
 class Store(Protocol):
@@ -74,6 +76,17 @@ class Memory:
         self.held_bytes -= size
 
 
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """Room for further pieces of bodies, to be awaited, or not."""
+
+    spool: Spool
+    body: Flow
+
+    def __await__(self) -> Generator[Any, None, None]:
+        return self.spool.wait_for_room(self.body).__await__()
+
+
 _Job = tuple[Entry, "asyncio.Future[None] | None"] | Callable[[], int] | None
 
 
@@ -105,8 +118,10 @@ class Spool:
         self._hold_timer: asyncio.TimerHandle | None = None
         self._spilled_bytes = 0
         self._progress: asyncio.Event = asyncio.Event()
-        self._trouble: str | None = None  # set and cleared by the thread
+        self.stalled = False  # pieces of bodies have waited in vain: none is to be handed over
+        self._troubles: set[str] = set()  # what the log was told since recording stopped; the thread's
         self._lost_in_trouble = 0
+        self._failed_at = 0.0
         self._probe_at = 0.0
         self._behind = False
 
@@ -120,8 +135,7 @@ class Spool:
             async with asyncio.timeout(timeout_seconds):
                 await self._closed
         except TimeoutError:
-            pending = self.ledger.account().pending
-            self.ledger.discard(Discard.STOPPED, pending)
+            pending = self.ledger.settle()
             logger.error("The disk did not answer within %g s; %d events were not recorded.", timeout_seconds, pending)
         if self._hold_timer is not None:
             self._hold_timer.cancel()
@@ -132,7 +146,7 @@ class Spool:
 
     def admits(self) -> bool:
         """Whether an exchange may pass. False only with ``when_full: reject``, while nothing can be recorded."""
-        if not self._rejects or (self._trouble is None and not self._behind):
+        if not self._rejects or not (self._troubles or self._behind):
             return True
         now = self._loop.time()
         if now < self._probe_at:
@@ -164,7 +178,19 @@ class Spool:
         """
         self._spilled_bytes += size
         self._queue.put(job)
-        return self._room(body) if self._spilled_bytes > HANDOFF_BYTES else None
+        return _Room(self, body) if self._spilled_bytes > HANDOFF_BYTES else None
+
+    async def wait_for_room(self, body: Flow) -> None:
+        """Waits until pieces of bodies may be handed over again; gives the body up when the disk makes no progress."""
+        while self._spilled_bytes > HANDOFF_BYTES:
+            self._progress.clear()
+            try:
+                async with asyncio.timeout(self._max_hold_seconds):
+                    await self._progress.wait()
+            except TimeoutError:
+                self.stalled = True
+                body.give_up()
+                return
 
     # --- on the loop ---
 
@@ -208,18 +234,8 @@ class Spool:
         self._behind = False
         if spilled_bytes:
             self._spilled_bytes -= spilled_bytes
+            self.stalled = False
             self._progress.set()
-
-    async def _room(self, body: Flow) -> None:
-        """Waits until pieces of bodies may be handed over again; gives the body up when the disk makes no progress."""
-        while self._spilled_bytes > HANDOFF_BYTES:
-            self._progress.clear()
-            try:
-                async with asyncio.timeout(self._max_hold_seconds):
-                    await self._progress.wait()
-            except TimeoutError:
-                body.give_up()
-                return
 
     # --- on the writer thread ---
 
@@ -231,7 +247,7 @@ class Spool:
             spilled = size = 0
             self.files.begin(time.time())
             lines: dict[str, list[bytes]] = {}
-            for _ in range(GROUP_JOBS):
+            for left in reversed(range(GROUP_JOBS)):
                 if job is None:
                     stopping = True
                     break
@@ -240,8 +256,8 @@ class Spool:
                     size += self._render(job[0], lines)
                 else:
                     spilled += job()
-                if size + spilled > GROUP_BYTES or self._queue.empty():
-                    break
+                if not left or size + spilled > GROUP_BYTES or self._queue.empty():
+                    break  # before the next job is taken: it would be lost
                 job = self._queue.get_nowait()
             self._append(lines)
             self._tell(self._written, group, spilled)
@@ -281,11 +297,12 @@ class Spool:
                     self._fail(Discard.WRITE_FAILED, len(group), f"{error.strerror}: {error.filename or 'spool file'}")
                 else:
                     self.ledger.deliver(len(group))
-                    if self._trouble is not None:
+                    if self._troubles and time.monotonic() - self._failed_at > CALM_SECONDS:
                         logger.warning(
                             "Recording goes on; %d events were discarded since it stopped.", self._lost_in_trouble
                         )
-                        self._trouble, self._lost_in_trouble = None, 0
+                        self._troubles.clear()
+                        self._lost_in_trouble = 0
             self.files.end()
         except OSError as error:
             logger.error("Lines are written, but could not be synced to the disk: %s.", error)
@@ -293,8 +310,9 @@ class Spool:
     def _fail(self, reason: Discard, events: int, words: str) -> None:
         self.ledger.discard(reason, events)
         self._lost_in_trouble += events
-        if self._trouble != words:
-            self._trouble = words
+        self._failed_at = time.monotonic()
+        if words not in self._troubles:
+            self._troubles.add(words)
             logger.error(
                 "Recording stopped: %s. Traffic goes on; events are discarded and counted until it is mended.", words
             )
