@@ -302,7 +302,8 @@ def render(figures: Figures, missing: list[str], available: list[Peer], rounds: 
     """The report in Markdown: medians (and spread), then the ratios that are aimed at."""
     what = machine()
     lines = [
-        f"Machine: {what['cpu']}, {what['cores']} cores, Linux {what['kernel']}. Medians of {rounds} interleaved rounds (lowest–highest).",
+        f"Machine: {what['cpu']}, {what['cores']} cores, Linux {what['kernel']}.",
+        f"Medians of {rounds} interleaved rounds (lowest–highest).",
         "",
         "| | " + " | ".join(peer.name for peer in available) + " |",
         "|---" * (len(available) + 1) + "|",

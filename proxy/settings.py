@@ -303,7 +303,7 @@ class Spool(Struct, frozen=True, kw_only=True):
         WhenFull,
         Meta(
             description="When the budget is used up or the disk fails: drop (serve, count what is not recorded) or reject "
-            "(answer 503, record everything that is served)."
+            "(answer 503, but for what is under way and one exchange a second that tries again)."
         ),
     ] = WhenFull.DROP
     max_hold: Annotated[

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -24,13 +24,13 @@ def _nothing_leaks() -> Iterator[None]:
 
 def _descriptors() -> set[str]:
     found = set()
-    for name in os.listdir("/proc/self/fd"):
+    for descriptor in Path("/proc/self/fd").iterdir():
         try:
-            target = os.readlink(f"/proc/self/fd/{name}")
+            target = str(descriptor.readlink())
         except OSError:
             continue
         if not target.startswith(("anon_inode", "/dev/", "/proc/")):
-            found.add(f"{name}: {target}")
+            found.add(f"{descriptor.name}: {target}")
     return found
 
 

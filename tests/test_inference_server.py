@@ -17,7 +17,7 @@ import pytest
 
 from tests.harness import exchange, proxy
 
-SCORE_PY = '''
+SCORE_PY = """
 import json
 
 def init():
@@ -25,7 +25,7 @@ def init():
 
 def run(data):
     return [sum(row) * 200.5 for row in json.loads(data)["data"]]
-'''
+"""
 # 60 bytes with its line end, as the documented "contentrange" counts them.
 DOCUMENTED_REQUEST = b'{"data": [ [1,2,3,4,5,6,7,8,9,10], [10,9,8,7,6,5,4,3,2,1]]}\n'
 
@@ -38,13 +38,16 @@ def inference_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with (folder / "log").open("wb") as log, subprocess.Popen(
-        [Path(sys.executable).parent / "azmlinfsrv", "--entry_script", "score.py", "--port", str(port)],
-        cwd=folder,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "AZUREML_APP_ROOT": str(folder)},
-    ) as server:
+    with (
+        (folder / "log").open("wb") as log,
+        subprocess.Popen(
+            [Path(sys.executable).parent / "azmlinfsrv", "--entry_script", "score.py", "--port", str(port)],
+            cwd=folder,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "AZUREML_APP_ROOT": str(folder)},
+        ) as server,
+    ):
         try:
             _wait_until_healthy(f"http://127.0.0.1:{port}/", server, folder / "log")
             yield f"http://127.0.0.1:{port}"

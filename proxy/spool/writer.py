@@ -1,8 +1,9 @@
 """The way from the event loop to the disk: a bounded hand-off, one writer thread, group writes.
 
-The loop hands over whole exchanges (``Spool.submit``) and pieces of large bodies (``BodyFile.write``); the thread
-takes all that waits, renders it, appends it with one ``writev`` per file, and tells the loop once per group. A disk
-that hangs stops the thread only: the loop lets responses go after ``max_hold`` and discards what exceeds the memory.
+The loop hands over whole exchanges (``Spool.submit``) and pieces of large bodies (``BodyFile.write``), and wakes the
+thread once per turn. The thread takes all that waits, renders it, appends it with one ``writev`` per file, and tells
+the loop once per group. A disk that hangs stops the thread only: the loop lets responses go after ``max_hold`` and
+discards what exceeds the memory.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ GROUP_BYTES = 1024 * 1024
 HANDOFF_BYTES = 16 * 1024 * 1024
 ENTRY_BYTES = 2 * 1024  # what an exchange takes in memory beside its bodies
 PROBE_SECONDS = 1.0  # while the disk fails, and traffic is rejected for it, one exchange in this time tries again
+BODY_WAIT_SECONDS = 1.0  # longest that a piece of a large body waits; a disk that hangs costs it once, not each body
 CALM_SECONDS = 0.5  # without a failure, before a disk counts as mended: one nearly full takes some lines and not others
 
 
@@ -111,7 +113,9 @@ class Spool:
         self._holds = durability is not Durability.NONE
         self._rejects = when_full is WhenFull.REJECT
         self._max_hold_seconds = max_hold_seconds
-        self._queue: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self._jobs: deque[_Job] = deque()
+        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._waking = False
         self._thread = threading.Thread(target=self._run, name="spool-writer", daemon=True)
         self._closed: asyncio.Future[None] = loop.create_future()
         self._held: deque[tuple[float, asyncio.Future[None]]] = deque()
@@ -130,7 +134,7 @@ class Spool:
 
     async def close(self, timeout_seconds: float = 10.0) -> None:
         """Writes what waits, closes the files. A disk that hangs is left after ``timeout_seconds``."""
-        self._queue.put(None)
+        self._put(None)
         try:
             async with asyncio.timeout(timeout_seconds):
                 await self._closed
@@ -162,13 +166,13 @@ class Spool:
             return None
         self.memory.held_bytes += ENTRY_BYTES
         if not self._holds:
-            self._queue.put((entry, None))
+            self._put((entry, None))
             return None
         future = self._loop.create_future()
         self._held.append((self._loop.time(), future))
         if self._hold_timer is None:
             self._hold_timer = self._loop.call_later(self._max_hold_seconds, self._let_go)
-        self._queue.put((entry, future))
+        self._put((entry, future))
         return future
 
     def hand_over(self, body: Flow, job: Callable[[], int], size: int) -> Awaitable[None] | None:
@@ -177,7 +181,7 @@ class Spool:
         What is returned, if anything, is to be awaited before the next one.
         """
         self._spilled_bytes += size
-        self._queue.put(job)
+        self._put(job)
         return _Room(self, body) if self._spilled_bytes > HANDOFF_BYTES else None
 
     async def wait_for_room(self, body: Flow) -> None:
@@ -185,7 +189,7 @@ class Spool:
         while self._spilled_bytes > HANDOFF_BYTES:
             self._progress.clear()
             try:
-                async with asyncio.timeout(self._max_hold_seconds):
+                async with asyncio.timeout(BODY_WAIT_SECONDS):
                     await self._progress.wait()
             except TimeoutError:
                 self.stalled = True
@@ -193,6 +197,17 @@ class Spool:
                 return
 
     # --- on the loop ---
+
+    def _put(self, job: _Job) -> None:
+        """Hands a job over. The thread is woken once for all that one turn of the loop has for it."""
+        self._jobs.append(job)
+        if not self._waking:
+            self._waking = True
+            self._loop.call_soon(self._wake_thread)
+
+    def _wake_thread(self) -> None:
+        self._waking = False
+        self._wake.put(None)
 
     def _refuse(self, entry: Entry) -> None:
         self.ledger.discard(Discard.MEMORY_FULL, entry.events)
@@ -242,30 +257,41 @@ class Spool:
     def _run(self) -> None:
         stopping = False
         while not stopping:
-            job = self._queue.get()
-            group: list[tuple[Entry, asyncio.Future[None] | None]] = []
-            spilled = size = 0
-            self.files.begin(time.time())
-            lines: dict[str, list[bytes]] = {}
-            for left in reversed(range(GROUP_JOBS)):
-                if job is None:
-                    stopping = True
-                    break
-                if isinstance(job, tuple):
-                    group.append(job)
-                    size += self._render(job[0], lines)
-                else:
-                    spilled += job()
-                if not left or size + spilled > GROUP_BYTES or self._queue.empty():
-                    break  # before the next job is taken: it would be lost
-                job = self._queue.get_nowait()
-            self._append(lines)
-            self._tell(self._written, group, spilled)
+            self._wake.get()
+            while self._jobs and not stopping:
+                stopping = self._write_group()
         try:
             self.files.close()
         except OSError as error:
             logger.error("The spool's files could not be closed: %s.", error)
         self._tell(_set_done, self._closed)
+
+    def _write_group(self) -> bool:
+        """Takes what waits, up to a limit; whether the thread is to end."""
+        group: list[tuple[Entry, asyncio.Future[None] | None]] = []
+        lines: dict[str, list[bytes]] = {}
+        spilled = size = 0
+        stopping = False
+        self.files.begin(time.time())
+        while self._jobs and not stopping and len(group) < GROUP_JOBS and size + spilled <= GROUP_BYTES:
+            job = self._jobs.popleft()
+            if job is None:
+                stopping = True
+            elif isinstance(job, tuple):
+                group.append(job)
+                size += self._render(job[0], lines)
+            else:
+                spilled += self._do(job)
+        self._append(lines)
+        self._tell(self._written, group, spilled)
+        return stopping
+
+    def _do(self, job: Callable[[], int]) -> int:
+        try:
+            return job()
+        except Exception:
+            logger.exception("A piece of a body could not be kept, by a defect of payload-logger.")
+            return 0
 
     def _tell(self, function: Callable[..., None], *arguments: object) -> None:
         try:

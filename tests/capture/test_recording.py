@@ -830,7 +830,10 @@ async def test_a_root_of_its_own(tmp_path: Path, path: str, folder: str) -> None
         binary, large = map(checked, lines.read_bytes().splitlines(keepends=True))
         assert body_file(binary) == lines.parent / binary["id"]
         assert body_file(binary).read_bytes() == b"\x00\x01"
-        assert body_file(large) == root.parent / f"{root.name}-large" / lines.parent.relative_to(root) / f"{large['id']}.jsonl"
+        assert (
+            body_file(large)
+            == root.parent / f"{root.name}-large" / lines.parent.relative_to(root) / f"{large['id']}.jsonl"
+        )
         assert len(p.lines("response")) == 2
         for answer in p.files("response"):
             assert answer.is_relative_to(tmp_path / "storage/local-endpoint/default/response")
