@@ -68,9 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Starts a dummy model and the proxy before it, sends three requests and shows what was recorded.",
     )
     demo.add_argument("--once", action="store_true", help="exit after showing what was recorded")
-    demo.add_argument(
-        "--listen", default="127.0.0.1:8080", metavar="HOST:PORT", help="where the proxy listens (default: %(default)s)"
-    )
+    demo.add_argument("--listen", metavar="HOST:PORT", help="where the proxy listens (default: 127.0.0.1:8080)")
     demo.add_argument(
         "--storage", default="demo-data", metavar="PATH", help="where the dataset goes (default: ./%(default)s)"
     )

@@ -16,8 +16,9 @@ from aiohttp import ClientSession, TCPConnector
 from proxy import dummy_model, logs
 from proxy.app import App, StartError, places, running
 from proxy.config import ConfigError, load
-from proxy.settings import LogLevel, Logs
+from proxy.settings import LogLevel, Logs, Settings
 
+DEFAULT_LISTEN = "127.0.0.1:8080"
 _IRIS = {"data": [[5.1, 3.5, 1.4, 0.2], [6.7, 3.0, 5.2, 2.3]]}
 
 
@@ -39,22 +40,21 @@ _REQUESTS = (
 )
 
 
-async def demo(*, listen: str, storage: str, once: bool) -> int:
-    """Runs the demo; the exit status. Serves until SIGINT or SIGTERM unless ``once``."""
+async def demo(*, listen: str | None, storage: str, once: bool) -> int:
+    """Runs the demo; the exit status. Serves until SIGINT or SIGTERM unless ``once``.
+
+    Without ``listen`` it takes DEFAULT_LISTEN, or a free port when that is in use.
+    """
     logs.configure(Logs(level=LogLevel.WARNING))
     model, model_url = await dummy_model.start()
     try:
-        settings = load(
-            overrides={
-                "proxy.upstream": model_url,
-                "proxy.listen": listen,
-                "storage.url": storage,
-                "endpoint_name": "demo",
-                "name": "blue",
-            },
-            environ={},
-        ).settings
-        async with running(settings) as app:
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                app = await stack.enter_async_context(running(_settings(model_url, listen or DEFAULT_LISTEN, storage)))
+            except StartError:
+                if listen is not None:
+                    raise
+                app = await stack.enter_async_context(running(_settings(model_url, "127.0.0.1:0", storage)))
             print(f"Dummy model on {model_url}, payload-logger before it on http://{app.address}\n")
             await _send(app)
             _show(app)
@@ -67,6 +67,11 @@ async def demo(*, listen: str, storage: str, once: bool) -> int:
     finally:
         await model.cleanup()
     return 0
+
+
+def _settings(model_url: str, listen: str, storage: str) -> Settings:
+    flags = {"proxy.upstream": model_url, "proxy.listen": listen, "storage.url": storage}
+    return load(overrides={**flags, "endpoint_name": "demo", "name": "blue"}, environ={}).settings
 
 
 async def _send(app: App) -> None:
