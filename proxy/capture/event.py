@@ -83,6 +83,9 @@ def _json_string_cached(text: str) -> bytes:
     return _cached(text) if len(text) <= _CACHED_CHARACTERS else json_string(text)
 
 
+_MILLISECONDS = tuple(b".%03dZ" % number for number in range(1000))
+
+
 @lru_cache(maxsize=256)
 def _seconds(epoch_seconds: int) -> bytes:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(epoch_seconds)).encode()
@@ -91,9 +94,7 @@ def _seconds(epoch_seconds: int) -> bytes:
 def timestamp(epoch_seconds: float, *, fractions: bool) -> bytes:
     """``2022-05-25T08:59:48Z``, or with milliseconds: ``2022-05-25T08:59:48.123Z``."""
     whole = int(epoch_seconds)
-    if not fractions:
-        return _seconds(whole) + b"Z"
-    return b"%b.%03dZ" % (_seconds(whole), int((epoch_seconds - whole) * 1000))
+    return _seconds(whole) + (_MILLISECONDS[int((epoch_seconds - whole) * 1000)] if fractions else b"Z")
 
 
 def content_range(kept: int, total: int | None) -> bytes:
@@ -127,29 +128,23 @@ class LineFormat:
         extensions: bytes = b"",
     ) -> bytes:
         """A line with its LF. ``data`` is a JSON value without line ends; ``extensions`` begin with a comma each."""
-        correlation = b'"%b"' % request_id.encode() if request_id.isalnum() else json_string(request_id)
-        return b"".join(
-            (
-                b'{"specversion":"1.0","id":"',
+        correlation = json_string(request_id)
+        requested = b""
+        if target is not None:
+            requested = b',"path":%b,"method":%b' % (json_string(target), _json_string_cached(method or ""))
+        return (
+            b'{"specversion":"1.0","id":"%b%b%b,"time":"%b","data":%b%b,"contentrange":"%b"%b,"correlationid":%b,"xrequestid":%b%b}\n'
+            % (
                 event_id.encode(),
                 self._after_id,
                 _json_string_cached(content_type),
-                b',"time":"',
                 time,
-                b'","data":',
                 data,
-                b',"path":%b,"method":%b' % (json_string(target), _json_string_cached(method or ""))
-                if target is not None
-                else b"",
-                b',"contentrange":"',
+                requested,
                 range_,
-                b'"',
                 b',"datainblob":"true"' if in_blob else b"",
-                b',"correlationid":',
                 correlation,
-                b',"xrequestid":',
                 correlation,
                 extensions,
-                b"}\n",
             )
         )

@@ -8,8 +8,7 @@ from collections.abc import Awaitable, Iterable
 
 from multidict import CIMultiDictProxy
 
-from proxy import ids
-from proxy.capture.body import Tee
+from proxy.capture.body import Tee, TeeLimits
 from proxy.capture.decoding import Undecodable, codings, decoded
 from proxy.capture.event import LineFormat, content_range, header_fields, json_string, source, timestamp
 from proxy.capture.payload import Kind, claim, embedded
@@ -46,7 +45,7 @@ class PayloadRecorder:
         names = settings.data_collector.request_logging.capture_headers if self.extended else ()
         self.header_fields = [(name, b',"%b":' % field.encode()) for name, field in header_fields(names).items()]
         self.max_inline_bytes = settings.capture.max_inline_bytes
-        self.max_body_bytes = settings.capture.max_body_bytes
+        self.tee_limits = TeeLimits(settings.capture.max_inline_bytes, settings.capture.max_body_bytes)
         self.max_decoded_bytes = settings.capture.max_decoded_bytes
 
     def open(
@@ -105,8 +104,13 @@ class ExchangeRecording:
         self._request_complete = False
         self._request_time = time.time()
         self._began = time.monotonic()
-        self._request = self._tee(REQUEST, length) if REQUEST in collections else None
-        self._response = self._tee(RESPONSE, None) if RESPONSE in collections else None
+        self._request: Tee | None = None
+        self._response: Tee | None = None
+        if REQUEST in collections:
+            self._request = Tee(recorder.spool, REQUEST, recorder.tee_limits)
+            self._request.declare(length or 0)
+        if RESPONSE in collections:
+            self._response = Tee(recorder.spool, RESPONSE, recorder.tee_limits)
         self._response_headers: CIMultiDictProxy[str] | None = None
         self._response_sized = False
         self._response_time = 0.0
@@ -115,17 +119,6 @@ class ExchangeRecording:
         self.duration_seconds = 0.0
         self.events = len(collections)
         self.held_bytes = 0
-
-    def _tee(self, collection: str, declared_bytes: int | None) -> Tee:
-        recorder = self._recorder
-        return Tee(
-            recorder.spool,
-            collection,
-            ids.uuid4(),
-            max_inline_bytes=recorder.max_inline_bytes,
-            max_body_bytes=recorder.max_body_bytes,
-            declared_bytes=declared_bytes,
-        )
 
     # --- told by the relay, on the loop ---
 
@@ -186,11 +179,10 @@ class ExchangeRecording:
                 status = Ending.COMPLETE.value
             elif self._ending is Ending.COMPLETE:
                 status = _TRUNCATED  # the model server answered without reading it all
-            extensions = body.extensions(status) + b"".join(
-                field + json_string(", ".join(headers.getall(name)))
-                for name, field in recorder.header_fields
-                if name in headers
-            )
+            extensions = body.extensions(status)
+            for name, field in recorder.header_fields:
+                if name in headers:
+                    extensions += field + json_string(", ".join(headers.getall(name)))
         return recorder.formats[REQUEST].line(
             event_id=tee.event_id,
             content_type=body.content_type,
@@ -319,7 +311,9 @@ class RecordedBody:
 
 def _content_encoding(headers: CIMultiDictProxy[str]) -> str | None:
     """All codings in the order in which they were applied; a list may come in several lines (RFC 9110 §5.3)."""
-    return ", ".join(headers.getall("content-encoding", ())) or None
+    if "content-encoding" not in headers:
+        return None
+    return ", ".join(headers.getall("content-encoding")) or None
 
 
 class _Counted:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.capture.body import Tee
+from proxy.capture.body import Tee, TeeLimits
 from proxy.settings import Durability, WhenFull
 from proxy.spool.files import Files, LineFile
 from proxy.spool.writer import ENTRY_BYTES, GROUP_JOBS, HANDOFF_BYTES, PROBE_SECONDS
@@ -192,17 +192,10 @@ async def test_bodies_that_flow_to_a_disk_that_hangs_are_bounded(tmp_path: Path)
     piece = b"x" * 256 * 1024
     async with spool(tmp_path, memory_bytes=MIB, max_hold_seconds=0.01, kind=files) as s:
 
-        def tee(number: int) -> Tee:
-            return Tee(
-                s.spool,
-                "request",
-                f"{number}",
-                max_inline_bytes=0,
-                max_body_bytes=0,
-                declared_bytes=None,
-            )
+        def tee() -> Tee:
+            return Tee(s.spool, "request", TeeLimits(0, 0))
 
-        tees = [tee(number) for number in range(400)]
+        tees = [tee() for _ in range(400)]
         for one in tees:
             for _ in range(3):
                 wait = one.add(piece)
@@ -214,7 +207,7 @@ async def test_bodies_that_flow_to_a_disk_that_hangs_are_bounded(tmp_path: Path)
         for one in tees:
             one.discard()
         files.gate.set()
-        for one in (tee(1000), tee(1001)):
+        for one in (tee(), tee()):
             async with asyncio.timeout(5):
                 while s.spool.stalled or s.spool._spilled_bytes:
                     await asyncio.sleep(0.002)
@@ -228,7 +221,7 @@ async def test_bodies_that_flow_to_a_disk_that_hangs_are_bounded(tmp_path: Path)
 async def test_who_does_not_wait_for_room_leaves_no_coroutine_behind(tmp_path: Path) -> None:
     files = hung()
     async with spool(tmp_path, kind=files) as s:
-        tee = Tee(s.spool, "request", "1", max_inline_bytes=0, max_body_bytes=0, declared_bytes=None)
+        tee = Tee(s.spool, "request", TeeLimits(0, 0))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             assert tee.add(b"x" * (HANDOFF_BYTES + 1)) is not None
@@ -248,7 +241,7 @@ async def test_a_body_waits_for_a_disk_that_is_slow_and_loses_nothing(tmp_path: 
 
     piece = b"x" * MIB
     async with spool(tmp_path, max_hold_seconds=5, kind=Slow) as s:
-        tee = Tee(s.spool, "request", "1", max_inline_bytes=0, max_body_bytes=0, declared_bytes=None)
+        tee = Tee(s.spool, "request", TeeLimits(0, 0))
         waits = 0
         for _ in range(64):
             if (wait := tee.add(piece)) is not None:
