@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import socket
@@ -203,6 +204,7 @@ class Bench:
                 yield running, f"http://127.0.0.1:{port}", folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            os.sync()  # what one peer wrote is not to slow down the next one
 
 
 MODEL = """
@@ -280,7 +282,8 @@ def version(peer: Peer) -> str:
     output = subprocess.run(
         [peers.find(peer.version[0]) or "", *peer.version[1:]], capture_output=True, text=True, check=False
     )
-    return " ".join((output.stdout + output.stderr).split())[:60]
+    found = re.search(r"\d+\.\d+\.\d+", output.stdout + output.stderr)
+    return found[0] if found else "?"
 
 
 # (measurement, ours, factor, other, whether more is better): ours must be ≤ factor × other, or ≥ where more is better.
