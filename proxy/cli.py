@@ -11,12 +11,15 @@ import signal
 import sys
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from proxy import __version__, logs
 from proxy.config import ConfigError, Loaded, load
 from proxy.config_reference import reference_markdown, schema
-from proxy.settings import Settings
+from proxy.settings import PAYLOAD_COLLECTIONS, Settings
+
+if TYPE_CHECKING:
+    from proxy.app import App
 
 logger = logging.getLogger("payload_logger")
 
@@ -128,7 +131,7 @@ async def _serve(settings: Settings) -> int:
             )
             for number in (signal.SIGTERM, signal.SIGINT):  # a second signal does not wait
                 loop.remove_signal_handler(number)
-        logger.info("Stopped: %s.", app.ledger.account())
+        logger.info("Stopped: %s.", "; ".join([str(app.ledger.account()), *_own_answers(app)]))
     except StartError as error:
         logger.error("%s", error)
         return 1
@@ -139,9 +142,15 @@ def _stop(event: asyncio.Event) -> None:
     event.set()
 
 
+def _own_answers(app: App) -> list[str]:
+    counts = ", ".join(f"{count} × {status}" for status, count in sorted(app.relay.faults.items()))
+    return [f"answered by the proxy itself: {counts}"] if counts else []
+
+
 def describe(settings: Settings, address: str) -> str:
     """One line for the log: from where, to where, what is recorded."""
-    names = [name for name, collection in settings.data_collector.collections.items() if collection.enabled]
+    collections = settings.data_collector.collections
+    names = [name for name in PAYLOAD_COLLECTIONS if name in collections and collections[name].enabled]
     recorded = f"recording {', '.join(names)} in {settings.storage.url}" if names else "recording nothing"
     return f"payload-logger {__version__} on {address}, before {settings.proxy.upstream}, {recorded}."
 

@@ -41,6 +41,10 @@ AZURE_KEYS = frozenset({
     "readiness_probe", "request_settings", "resources", "scale_settings", "startup_probe", "tags", "traffic", "type",
 })  # fmt: skip
 
+_COLLECTOR_KEYS = frozenset(
+    {"collections", "rolling_rate", "sampling_rate", "request_logging", "request", "response", "enabled"}
+)
+
 # What Kubernetes sets for a Service whose name begins with payload-logger.
 _SERVICE_LINK = re.compile(
     rf"{PREFIX}(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)=.*"
@@ -219,6 +223,8 @@ def _top_level(tree: Tree, findings: _Findings, *, foreign_keys_allowed: bool) -
             kept[key] = value
         elif key in AZURE_KEYS:
             continue
+        elif key in _COLLECTOR_KEYS:
+            findings.add((_text_of(key),), "belongs below data_collector; is the indentation lost?")
         elif not foreign_keys_allowed:
             findings.add((_text_of(key),), f"unknown key{_nearest(key, [*ours, *AZURE_KEYS])}")
         elif hint := _nearest(key, ["data_collector"], cutoff=0.8):

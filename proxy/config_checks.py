@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Iterator
 from ipaddress import ip_address
@@ -125,13 +126,18 @@ def _not_supported_yet(settings: Settings) -> Iterator[Finding]:
 
 def _little_is_recorded(settings: Settings) -> Iterator[Finding]:
     enabled = _enabled(settings)
-    if not enabled:
-        yield (_COLLECTIONS,), "none is enabled; nothing is recorded"
+    if not any(name in PAYLOAD_COLLECTIONS for name, _ in enabled):
+        yield (
+            (_COLLECTIONS,),
+            "neither request nor response is enabled; nothing is recorded; add 'request: {enabled: true}'",
+        )
     if settings.data_collector.sampling_rate == 0:
         yield (("data_collector", "sampling_rate"),), "0; a collection without a rate of its own records nothing"
     for name, one in enabled:
         if name not in PAYLOAD_COLLECTIONS:
-            yield ((*_COLLECTIONS, name),), "not recorded; this version records request and response only"
+            near = difflib.get_close_matches(name.lower(), PAYLOAD_COLLECTIONS, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            yield ((*_COLLECTIONS, name),), f"not recorded; this version records request and response only{hint}"
         elif one.sampling_rate == 0:
             yield ((*_COLLECTIONS, name, "sampling_rate"),), "0; it records nothing"
 

@@ -55,6 +55,7 @@ async def demo(*, listen: str | None, storage: str, once: bool) -> int:
                 if listen is not None:
                     raise
                 app = await stack.enter_async_context(running(_settings(model_url, "127.0.0.1:0", storage)))
+                print(f"({DEFAULT_LISTEN} is in use; another port was taken.)")
             print(f"Dummy model on {model_url}, payload-logger before it on http://{app.address}\n")
             await _send(app)
             _show(app)
@@ -96,7 +97,7 @@ def _show(app: App) -> None:
         print(f"\nThe {name} collection's lines, in {_shown(newest)}:")
         for line in newest.read_bytes().splitlines()[-len(_REQUESTS) :]:
             text = line.decode()
-            print("  " + (text if len(text) <= 560 else text[:560] + " …"))
+            print("  " + (text if len(text) <= 900 else text[:900] + " …"))
     print("\nFiles of the dataset:")
     for path in files[-8:]:
         print(f"  {path.stat().st_size:>7} bytes  {_shown(path)}")

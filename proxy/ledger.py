@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum
+
+logger = logging.getLogger("payload_logger.spool")
+
+QUIET_SECONDS = 60.0  # after this long without a loss, the next one is news again
 
 
 class Discard(Enum):
@@ -67,6 +73,7 @@ class Ledger:
     _torn: int = 0
     _orphans: int = 0
     _settled: bool = False
+    _cut_at: float = 0.0
 
     def receive(self, events: int) -> None:
         with self._lock:
@@ -93,6 +100,12 @@ class Ledger:
     def cut_body(self) -> None:
         with self._lock:
             self._bodies_cut += 1
+            first = self._bodies_cut == 1 or time.monotonic() - self._cut_at > QUIET_SECONDS
+            self._cut_at = time.monotonic()
+        if first:
+            logger.warning(
+                "A large body was not recorded whole: the disk did not take it. Its line says so; further ones are counted."
+            )
 
     def release_unheld(self, responses: int) -> None:
         with self._lock:

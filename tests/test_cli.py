@@ -77,7 +77,9 @@ def test_run_says_what_it_does_serves_and_stops(tmp_path: Path) -> None:
         "Upstream 127.0.0.1:9: no connection to the model server: Connection refused;"
     )
     assert stopping["message"].startswith("Stopping: ")
-    assert stopped["message"] == "Stopped: received 2 events = delivered 2 + discarded 0 + pending 0."
+    assert stopped["message"] == (
+        "Stopped: received 2 events = delivered 2 + discarded 0 + pending 0; answered by the proxy itself: 1 × 502."
+    )
     (line,) = (json.loads(path.read_text()) for path in (tmp_path / "data").rglob("response/**/*.jsonl"))
     assert (line["statuscode"], line["data"]["error"]["code"]) == (502, 502)
 
@@ -141,6 +143,30 @@ def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
     assert f"storage.url: can't write to {tmp_path}/file/data" in done.stderr
     assert "Not a directory" in done.stderr
+
+
+def test_what_is_not_recorded_is_not_said_to_be(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("data_collector: {collections: {model_inputs: {enabled: 'True'}}}\n")
+    command = [
+        *COMMAND,
+        "run",
+        "-c",
+        "c.yaml",
+        "--upstream",
+        "127.0.0.1:9",
+        "--listen",
+        "127.0.0.1:0",
+        "--storage",
+        "data",
+    ]
+    environ = {**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environ) as process:
+        assert process.stderr is not None
+        lines = [process.stderr.readline() for _ in range(3)]
+        process.terminate()
+        process.stderr.read()
+    assert "neither request nor response is enabled; nothing is recorded" in lines[0]
+    assert lines[2].endswith("before http://127.0.0.1:9, recording nothing.\n")
 
 
 def test_check_says_what_goes_where_and_makes_nothing(tmp_path: Path) -> None:

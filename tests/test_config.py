@@ -115,6 +115,12 @@ def at(loaded: Loaded, path: str) -> Any:
 # What Azure ML's own files hold
 
 
+NOTHING = (
+    "data_collector.collections: neither request nor response is enabled; nothing is recorded; "
+    "add 'request: {enabled: true}'"
+)
+
+
 @pytest.mark.parametrize("as_", ["config", "deployment"])
 def test_the_documentations_managed_deployment(read: Load, as_: str) -> None:
     loaded = read(MANAGED_DEPLOYMENT, as_=as_)
@@ -123,9 +129,12 @@ def test_the_documentations_managed_deployment(read: Load, as_: str) -> None:
         "model_inputs": Collection(enabled=True),
         "model_outputs": Collection(enabled=True),
     }
-    assert loaded.warnings == tuple(
-        f"c.yaml: data_collector.collections.{name}: not recorded; this version records request and response only"
-        for name in ("model_inputs", "model_outputs")
+    assert loaded.warnings == (
+        f"c.yaml: {NOTHING}",
+        *(
+            f"c.yaml: data_collector.collections.{name}: not recorded; this version records request and response only"
+            for name in ("model_inputs", "model_outputs")
+        ),
     )
 
 
@@ -830,10 +839,13 @@ CAPTURED_HEADERS = {
 @pytest.mark.parametrize(
     ("text", "warnings"),
     [
-        ("data_collector: {collections: {}}", ["data_collector.collections: none is enabled; nothing is recorded"]),
+        (
+            "data_collector: {collections: {}}",
+            [NOTHING],
+        ),
         (
             "data_collector: {collections: {request: {enabled: false}}}",
-            ["data_collector.collections: none is enabled; nothing is recorded"],
+            [NOTHING],
         ),
         (
             "data_collector: {sampling_rate: 0, collections: {request: {enabled: true, sampling_rate: 0}}}",
@@ -925,3 +937,20 @@ def test_any_value_of_any_key(values: dict[str, Any]) -> None:
     loads_or_reports(overrides=values)
     environ = {variable_of(tuple(path.split("."))): str(value) for path, value in values.items()}
     loads_or_reports(environ=environ)
+
+
+@pytest.mark.parametrize("as_", ["config", "deployment"])
+def test_a_block_that_lost_its_indentation_is_named(read: Load, as_: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        read("name: blue\ndata_collector:\ncollections:\nrequest:\nenabled: 'False'\n", as_=as_)
+    assert raised.value.problems == tuple(
+        f"c.yaml: {key}: belongs below data_collector; is the indentation lost?"
+        for key in ("collections", "request", "enabled")
+    )
+
+
+def test_a_misspelt_collection_is_named(read: Load) -> None:
+    loaded = read("data_collector: {collections: {reqest: {enabled: true}, response: {enabled: true}}}")
+    (warning,) = loaded.warnings
+    assert warning.startswith("c.yaml: data_collector.collections.reqest: not recorded; ")
+    assert warning.endswith("; did you mean 'request'?")

@@ -100,7 +100,7 @@ def timestamp(epoch_seconds: float, *, fractions: bool) -> bytes:
 def content_range(kept: int, total: int | None) -> bytes:
     """``bytes 0-59/60``; the part behind the slash is ``*`` when the length was not known in advance."""
     if not kept:
-        return b"bytes */%d" % (total or 0) if total is not None else b"bytes */*"
+        return b"bytes */%d" % (total or 0)
     return b"bytes 0-%d/%b" % (kept - 1, b"*" if total is None else b"%d" % total)
 
 

@@ -30,6 +30,7 @@ from proxy.relay.upstream import STALE_SECONDS, UpstreamConnection
 if TYPE_CHECKING:
     from proxy.relay.server import Downstream, Relay
 
+_NOT_INTERIM = frozenset({b"content-length"})  # RFC 9110 §8.6
 _VERSIONS = (HttpVersion11, HttpVersion10)
 # A request body that came whole with its head is sent along with it, and can be sent again on a fresh connection.
 _REPLAYABLE_BYTES = 256 * 1024
@@ -51,6 +52,7 @@ class Exchange:
         "_relay",
         "_request_head",
         "_request_id",
+        "_request_passed",
         "_response_begun",
         "_upload",
         "_upstream",
@@ -70,16 +72,21 @@ class Exchange:
         self._body: BodyDecoder = LengthBody(0)
         self._request_head = b""
         self._request_id = ""
+        self._request_passed = False  # the model server's connection has all of it, and nothing else of this client
 
     async def run(self) -> bool:
-        """Whether the client's connection can take another request. Only CancelledError leaves this: the client is gone."""
+        """Whether the client's connection can take another request.
+
+        Raises CancelledError when the client is gone; anything else that leaves this is a defect.
+        """
         try:
             self._open()
             await self._pass_on()
         except Fault as fault:
             await self._answer_fault(fault)
         finally:
-            self._finish(Ending.CLIENT_LEFT)  # if it is not finished yet
+            # If it is not finished yet, the client has left, or was made to.
+            self._finish(Ending.STOPPED if self._relay.draining and not self._client.left else Ending.CLIENT_LEFT)
             if self._upload is not None:
                 self._upload.cancel()
             if self._upstream is not None:
@@ -165,6 +172,7 @@ class Exchange:
         return framed + last_chunk(allowed_trailers(body.trailers)) if body.done else framed
 
     def _request_read(self) -> None:
+        self._request_passed = True
         self._client.unread(self._body.rest)
         if self._recording is not None:
             self._recording.request_complete()
@@ -203,8 +211,9 @@ class Exchange:
             if not data:
                 return  # the client is gone, which cancels the exchange
             upstream.write(await self._request_piece(data))
+            if self._body.done:
+                self._request_read()
             await upstream.drain()
-        self._request_read()
 
     # --- the response ---
 
@@ -221,12 +230,13 @@ class Exchange:
                     response_head(
                         _status_line(message),
                         message.raw_headers,
-                        dropped=connection_options(message.headers.getall("connection", ())),
+                        dropped=connection_options(message.headers.getall("connection", ())) | _NOT_INTERIM,
                         request_id=None,
                         chunked=False,
                         connection=None,
                     )
                 )
+                await self._client.drain()
 
     async def _answer(self, upstream: UpstreamConnection, message: RawResponseMessage) -> None:
         """Passes the answer on, piece by piece as it comes, and its end when it is recorded."""
@@ -235,7 +245,7 @@ class Exchange:
         body = upstream.decoder(message, self._method)
         until_close = isinstance(body, CloseBody)
         chunked = isinstance(body, ChunkedBody) and self._message.version != HttpVersion10
-        if until_close or (isinstance(body, ChunkedBody) and not chunked) or not self._body.done or client.closing:
+        if until_close or (isinstance(body, ChunkedBody) and not chunked) or not self._request_passed or client.closing:
             self._keep_alive = False
         head = response_head(
             _status_line(message),
@@ -307,7 +317,7 @@ class Exchange:
         bodyless = self._method == "HEAD" or (
             message.code in (204, 304) and ("content-length" in headers or "transfer-encoding" in headers)
         )
-        if message.should_close or isinstance(body, CloseBody) or not self._body.done or body.rest or bodyless:
+        if message.should_close or isinstance(body, CloseBody) or not self._request_passed or body.rest or bodyless:
             upstream.close()
         else:
             self._relay.pool.give_back(upstream)
@@ -320,9 +330,6 @@ class Exchange:
     # --- what goes wrong ---
 
     async def _answer_fault(self, fault: Fault) -> None:
-        upload = self._upload
-        if upload is not None and upload.done() and not upload.cancelled():
-            fault = _fault_of(upload) or fault
         self._relay.count_fault(fault)
         self._keep_alive = False
         ending = Ending.UPSTREAM_FAILED if isinstance(fault, UpstreamFault) else Ending.REQUEST_REFUSED
@@ -343,16 +350,9 @@ class Exchange:
 
 def _uploaded(task: asyncio.Task[None], upstream: UpstreamConnection) -> None:
     """An upload that failed ends the exchange, which may be waiting for an answer to it."""
-    fault = None if task.cancelled() else _fault_of(task)
-    if fault is not None:
-        upstream.fail(fault)
-
-
-def _fault_of(task: asyncio.Task[None]) -> Fault | None:
-    error = task.exception()
-    if error is None or isinstance(error, Fault):
-        return error
-    raise error
+    error = None if task.cancelled() else task.exception()
+    if isinstance(error, Exception):
+        upstream.fail(error)
 
 
 def fault_answer(status: int, message: str, request_id: str, *, head_only: bool = False) -> tuple[bytes, bytes]:

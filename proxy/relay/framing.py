@@ -81,6 +81,7 @@ class ChunkedBody:
         "_extension_bytes",
         "_in_trailers",
         "_left",
+        "_lines",
         "_partial",
         "_trailer_bytes",
         "done",
@@ -98,6 +99,7 @@ class ChunkedBody:
         self.done = False
         self.rest = b""
         self.trailers: tuple[bytes, ...] = ()
+        self._lines: list[bytes] = []
 
     def feed(self, data: bytes) -> bytes:
         if self._partial:
@@ -155,6 +157,7 @@ class ChunkedBody:
 
     def _take_trailer(self, line: bytes) -> None:
         if not line:
+            self.trailers = tuple(self._lines)
             self.done = True
             return
         self._trailer_bytes += len(line)
@@ -162,7 +165,7 @@ class ChunkedBody:
             raise FramingError("trailers are too long")
         if _TRAILER_LINE.fullmatch(line) is None:
             raise FramingError("a trailer is not valid")
-        self.trailers += (line,)
+        self._lines.append(line)
 
 
 def chunk(payload: bytes) -> bytes:

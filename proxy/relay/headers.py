@@ -56,7 +56,7 @@ MAX_REQUEST_ID = 100  # characters; the Azure inference server answers 431 above
 # A response head by the letter (RFC 9112 §5): no control characters, bare CR or LF, folded lines, blanks before a colon.
 # Possessive, so that no input makes it go back.
 _TEXT = rb"[\t\x20-\x7e\x80-\xff]*+\r\n"
-_RESPONSE_HEAD = re.compile(_TEXT + rb"(?:[^\x00-\x20\x7f:]++:" + _TEXT + rb")*+\r\n")
+_RESPONSE_HEAD = re.compile(rb"HTTP/1\.[01] " + _TEXT + rb"(?:[^\x00-\x20\x7f:]++:" + _TEXT + rb")*+\r\n")
 
 
 def is_clean(head: bytes) -> bool:

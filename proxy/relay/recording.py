@@ -19,6 +19,7 @@ class Ending(Enum):
     CLIENT_LEFT = "clientleft"
     UPSTREAM_FAILED = "upstreamfailed"
     REQUEST_REFUSED = "requestrefused"
+    STOPPED = "stopped"  # cut by us at the end of drain_seconds
 
 
 class Recording(Protocol):

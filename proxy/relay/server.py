@@ -31,7 +31,7 @@ BACKLOG = 1024
 class Downstream(Connection):
     """A client's connection. Its task takes one request after the other; when the client goes, the task is cancelled."""
 
-    __slots__ = ("_parser", "_relay", "_task", "busy", "closing", "forwarding", "quiet_since")
+    __slots__ = ("_parser", "_relay", "_task", "busy", "closing", "forwarding", "left", "quiet_since")
 
     def __init__(self, relay: Relay) -> None:
         super().__init__(relay.loop)
@@ -50,6 +50,7 @@ class Downstream(Connection):
         self._task: asyncio.Task[None] | None = None
         self.forwarding: Forwarding
         self.busy = False
+        self.left = True  # whose doing the end of the connection is, if it ends: the client's, unless we ``cut`` it
         self.closing = relay.draining
         self.quiet_since = 0.0
 
@@ -74,11 +75,12 @@ class Downstream(Connection):
     def stop(self) -> None:
         """Takes no further request: closes now if idle, else after the exchange in flight."""
         self.closing = True
-        if not self.busy:
+        if not self.busy and not self.has_input:
             self.close()
 
     def cut(self) -> None:
         """Ends the exchange in flight, too."""
+        self.left = self.lost
         self.abort()
         if self._task is not None:
             self._task.cancel()
@@ -116,9 +118,9 @@ class Downstream(Connection):
             return None
         except HeadTooLong as error:
             fault = (
-                RequestFault("the request's target is too long", 414)
+                RequestFault("the request line is longer than proxy.max_head_bytes allows", 414)
                 if error.in_start_line
-                else RequestFault("the request's head is too long", 431)
+                else RequestFault("the request's head is longer than proxy.max_head_bytes allows", 431)
             )
         except RequestFault as error:
             fault = error
@@ -129,13 +131,16 @@ class Downstream(Connection):
         return None
 
     def _parse(self, head: bytes) -> RawRequestMessage:
+        head = head.lstrip(b"\r\n")
+        if head[: head.index(b"\r\n")].rpartition(b" ")[2][:5] in (b"RTSP/", b"ICE/1", b"ICE/2"):
+            raise RequestFault("only HTTP/1.1 and HTTP/1.0 are spoken", 505)
         try:
             messages, upgraded, _ = self._parser.feed_data(head)
         except LineTooLong:
-            raise RequestFault("the request's head is too long", 431) from None
+            raise RequestFault("the request's head is longer than proxy.max_head_bytes allows", 431) from None
         except HttpProcessingError as error:
             if "Too many headers" in error.message:
-                raise RequestFault("the request has too many headers", 431) from None
+                raise RequestFault("the request has more headers than proxy.max_headers allows", 431) from None
             raise RequestFault(_first_line(error.message)) from None
         if upgraded:
             # An upgrade is not offered to the model server; RFC 9110 §7.8 lets a server ignore the wish.

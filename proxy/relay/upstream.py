@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from aiohttp.http import HttpProcessingError, HttpResponseParser, RawResponseMessage
+from aiohttp.http import HttpProcessingError, HttpResponseParser, HttpVersion10, RawResponseMessage
 
 from proxy.relay.connection import Connection, HeadTooLong
 from proxy.relay.faults import UpstreamInvalid, UpstreamLost, UpstreamTimeout, UpstreamUnreachable
@@ -119,8 +119,10 @@ class UpstreamConnection(Connection):
         """How the body of this answer is framed (RFC 9112 §6.3). Raises UpstreamInvalid."""
         headers = message.headers
         encoding = headers.getall("transfer-encoding", None)
-        if encoding is not None and (len(encoding) > 1 or encoding[0].lower() != "chunked"):
+        if encoding is not None and (encoding != ["chunked"] and [one.lower() for one in encoding] != ["chunked"]):
             raise UpstreamInvalid("the model server's transfer encoding is not supported")
+        if encoding is not None and message.version == HttpVersion10:
+            raise UpstreamInvalid("the model server used a transfer encoding in HTTP/1.0")
         length = headers.get("content-length")
         if method == "HEAD" or message.code < 200 or message.code in (204, 304):
             return LengthBody(0)

@@ -339,9 +339,8 @@ class Spool:
         self._failed_at = time.monotonic()
         if words not in self._troubles:
             self._troubles.add(words)
-            logger.error(
-                "Recording stopped: %s. Traffic goes on; events are discarded and counted until it is mended.", words
-            )
+            traffic = "Requests get 503" if self._rejects else "Traffic goes on, events are discarded and counted,"
+            logger.error("Recording stopped: %s. %s until there is room again.", words, traffic)
 
 
 def _set_done(future: asyncio.Future[None]) -> None:
