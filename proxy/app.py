@@ -20,7 +20,7 @@ from proxy.relay.upstream import Limits, Pool, UpstreamAddress
 from proxy.settings import PAYLOAD_COLLECTIONS, Durability, HostHeader, Settings
 from proxy.spool import recovery
 from proxy.spool.budget import Budget
-from proxy.spool.files import Files
+from proxy.spool.files import Files, make_folders
 from proxy.spool.layout import Place, new_process_id
 from proxy.spool.writer import Spool
 
@@ -129,7 +129,7 @@ async def _start_spool(settings: Settings, ledger: Ledger, budget: Budget, loop:
     process_id = new_process_id()
     try:
         for path in (folder, *(place.root for place in targets.values())):
-            path.mkdir(mode=0o750, parents=True, exist_ok=True)
+            make_folders(path, sync=settings.spool.durability is Durability.SYNCED)
         recovered = await asyncio.to_thread(recovery.recover, folder)
         journal = recovery.Journal(folder, process_id)
     except OSError as error:

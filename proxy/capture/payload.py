@@ -45,6 +45,7 @@ _KNOWN_CHARSET = re.compile(
     r"utf-?8|utf-?(16|32)([bl]e)?|(us-)?ascii|latin-?1|iso-?8859-\d{1,2}|windows-125\d|cp125\d|koi8-[ru]"
     r"|shift[_-]jis|euc-(jp|kr)|iso-2022-jp|gb2312|gbk|gb18030|big5"
 )
+_MAX_WORK_BYTES = 8 * 1024 * 1024
 _check_json = msgspec.json.Decoder(msgspec.Raw).decode
 
 
@@ -118,10 +119,14 @@ def _is_deep(json: bytes) -> bool:
     if b"\\" in json:
         json = json.replace(b"\\\\", b"").replace(b'\\"', b"")  # now every quote begins or ends a string
     brackets = b"".join(json.split(b'"')[::2]).translate(_ONE_KIND, _NO_BRACKETS)
+    work = len(brackets)
     for _ in range(MAX_DEPTH):  # one level each
         brackets = brackets.replace(b"[]", b"")
         if not brackets:
             return False
+        work += len(brackets)
+        if work > _MAX_WORK_BYTES:
+            return True  # millions of brackets, and deep: to go on would keep the interpreter from the traffic
     return True
 
 

@@ -7,8 +7,9 @@ pass the answer to the client, hold back the end of the answer until it is recor
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from http import HTTPStatus
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import orjson
 from aiohttp.http import HttpVersion10, HttpVersion11, RawRequestMessage, RawResponseMessage
@@ -30,6 +31,8 @@ from proxy.relay.upstream import STALE_SECONDS, UpstreamConnection
 if TYPE_CHECKING:
     from proxy.relay.server import Downstream, Relay
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 _NOT_INTERIM = frozenset({b"content-length"})  # RFC 9110 §8.6
 _VERSIONS = (HttpVersion11, HttpVersion10)
 # A request body that came whole with its head is sent along with it, and can be sent again on a fresh connection.
@@ -107,8 +110,8 @@ class Exchange:
         self._request_id = incoming if has_id and incoming is not None else ids.uuid4()
         if self._method in ("CONNECT", "TRACE"):
             raise RequestFault(f"{self._method} is not passed on", HTTPStatus.METHOD_NOT_ALLOWED)
-        self._recording = self._relay.recorder.open(
-            self._method, message.path, message.headers, self._request_id, length=length
+        self._recording = self._told(
+            self._relay.recorder.open, self._method, message.path, message.headers, self._request_id, length=length
         )
         pool = self._relay.pool
         target, authority = origin_form(message.path.encode("utf-8", "surrogateescape"), pool.address.base_path)
@@ -163,7 +166,7 @@ class Exchange:
         except FramingError as error:
             raise RequestFault(f"the request's body is not valid: {error}") from None
         if payload and recording is not None:
-            wait = recording.request_piece(payload)
+            wait = self._told(recording.request_piece, payload)
             if wait is not None:
                 await wait
         if not self._chunked:
@@ -175,7 +178,7 @@ class Exchange:
         self._request_passed = True
         self._client.unread(self._body.rest)
         if self._recording is not None:
-            self._recording.request_complete()
+            self._told(self._recording.request_complete)
 
     async def _send(self, first: bytes) -> tuple[UpstreamConnection, RawResponseMessage]:
         """Sends the request, once more where a pooled connection was dead already; the head of the answer."""
@@ -256,9 +259,8 @@ class Exchange:
             connection=self._connection_header(),
         )
         if recording is not None:
-            recording.response_head(
-                message.code, message.headers, sized=not (until_close or isinstance(body, ChunkedBody))
-            )
+            sized = not (until_close or isinstance(body, ChunkedBody))
+            self._told(recording.response_head, message.code, message.headers, sized=sized)
 
         # What is whole when its head is goes out whole, once it is recorded: the client could do nothing with a part of it.
         ready = head
@@ -294,7 +296,7 @@ class Exchange:
         except FramingError as error:
             raise UpstreamInvalid(f"the model server's response is not valid: {error}") from None
         if payload and self._recording is not None:
-            wait = self._recording.response_piece(payload)
+            wait = self._told(self._recording.response_piece, payload)
             if wait is not None:
                 await wait
         return chunk(payload) if chunked and payload else payload
@@ -307,7 +309,18 @@ class Exchange:
 
     def _finish(self, ending: Ending) -> asyncio.Future[None] | None:
         recording, self._recording = self._recording, None
-        return recording.finish(ending) if recording is not None else None
+        return self._told(recording.finish, ending) if recording is not None else None
+
+    def _told(self, tell: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs) -> _T | None:
+        """What the recorder answers. A defect of its own costs the recording, never the exchange."""
+        try:
+            return tell(*arguments, **named)
+        except Fault:
+            raise
+        except Exception as error:  # noqa: BLE001 - supervises the recorder: counted and logged there
+            self._recording = None
+            self._relay.recording_failed(error)
+            return None
 
     def _release(self, upstream: UpstreamConnection, message: RawResponseMessage, body: BodyDecoder) -> None:
         """Gives the upstream connection back if it is fit for another exchange."""
@@ -339,8 +352,9 @@ class Exchange:
             return
         head, body = fault_answer(fault.status, str(fault), self._request_id, head_only=self._method == "HEAD")
         if self._recording is not None:
-            self._recording.response_head(fault.status, None, sized=True)
-            self._recording.response_piece(body)
+            self._told(self._recording.response_head, fault.status, None, sized=True)
+        if self._recording is not None:
+            self._told(self._recording.response_piece, body)
             held = self._finish(ending)
             if held is not None:
                 await held

@@ -250,6 +250,13 @@ class Relay:
             self._upstream_down = True
             logger.warning("Upstream %s: %s; clients get %d until it answers.", self.pool.address, fault, fault.status)
 
+    def recording_failed(self, error: Exception) -> None:
+        if not self.defects:
+            logger.error(
+                "An exchange could not be recorded, by a defect of payload-logger; its traffic goes on.", exc_info=error
+            )
+        self.defects += 1
+
     def upstream_answered(self) -> None:
         if self._upstream_down:
             self._upstream_down = False

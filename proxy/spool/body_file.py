@@ -28,7 +28,7 @@ class BodyFile:
         """Hands a piece over. What is returned, if anything, is to be awaited before the next one."""
         if self._given_up:
             return None
-        if self._spool.stalled:
+        if self._spool.stalled or self._spool.is_full:
             self.give_up()
             return None
         if self._limit_bytes and self.kept_bytes + len(data) > self._limit_bytes:
@@ -48,7 +48,8 @@ class BodyFile:
     def discard(self) -> None:
         """No line will point to this body."""
         self._given_up = True
-        self._spool.hand_over(self, self._drop, 0)
+        if self.kept_bytes:
+            self._spool.hand_over(self, self._drop, 0)
 
     def finish(self, *, large: bool) -> str | None:
         """The URL of the finished file, or None when the disk did not take it."""

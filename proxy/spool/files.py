@@ -34,7 +34,6 @@ class LineFile:
     """One file of lines, from its creation to its last line."""
 
     def __init__(self, path: Path, partition_name: str) -> None:
-        path.parent.mkdir(mode=_FOLDER_MODE, parents=True, exist_ok=True)
         self.path = path
         self.partition = partition_name
         self.length = 0
@@ -188,7 +187,7 @@ class Files:
     def open_body(self, collection: str, event_id: str) -> BodyPart:
         place = self._places[collection]
         path = place.unfinished(self._process_id, event_id)
-        path.parent.mkdir(mode=_FOLDER_MODE, parents=True, exist_ok=True)
+        make_folders(path.parent, sync=self._sync)
         if collection not in self._noted_bodies:
             self._journal.note(place.unfinished(self._process_id, "*"))
             self._noted_bodies.add(collection)
@@ -204,7 +203,7 @@ class Files:
     def finish_body(self, part: BodyPart, collection: str, event_id: str, *, large: bool) -> str:
         """Gives the body its name; the URL that its line points to."""
         path, url = self._places[collection].body(self._partition, event_id, large=large)
-        path.parent.mkdir(mode=_FOLDER_MODE, parents=True, exist_ok=True)
+        make_folders(path.parent, sync=self._sync)
         if self._sync:
             part.sync()
         part.close()
@@ -258,6 +257,7 @@ class Files:
         if path != self._noted.get(collection):  # a disk that fails is tried again and again, under the same name
             self._journal.note(path)
             self._noted[collection] = path
+        make_folders(path.parent, sync=self._sync)
         try:
             file = self._current[collection] = LineFile(path, self._partition)
         except FileExistsError:
@@ -280,6 +280,18 @@ class Files:
             file.close()
         except OSError as error:
             logger.error("%s: the last lines may be lost: %s.", file.path, error)
+
+
+def make_folders(folder: Path, *, sync: bool) -> None:
+    """Makes ``folder`` and those above it that are missing; with ``sync`` their names survive a loss of power."""
+    missing = []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    for made in reversed(missing):
+        made.mkdir(mode=_FOLDER_MODE, exist_ok=True)
+        if sync:
+            _sync_folder(made.parent)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -32,6 +32,7 @@ HANDOFF_BYTES = 16 * 1024 * 1024
 ENTRY_BYTES = 2 * 1024  # what an exchange takes in memory beside its bodies
 PROBE_SECONDS = 1.0  # while the disk fails, and traffic is rejected for it, one exchange in this time tries again
 BODY_WAIT_SECONDS = 1.0  # longest that a piece of a large body waits; a disk that hangs costs it once, not each body
+QUIET_SECONDS = 60.0  # after this long without a refusal, the next one is news again
 CALM_SECONDS = 0.5  # without a failure, before a disk counts as mended: one nearly full takes some lines and not others
 
 
@@ -127,6 +128,7 @@ class Spool:
         self._lost_in_trouble = 0
         self._failed_at = 0.0
         self._probe_at = 0.0
+        self._refused_at = -QUIET_SECONDS
         self._behind = False
 
     def start(self) -> None:
@@ -148,6 +150,11 @@ class Spool:
 
     # --- called by capture, on the loop ---
 
+    @property
+    def is_full(self) -> bool:
+        """Whether what is submitted now would be refused."""
+        return self.memory.held_bytes + ENTRY_BYTES > self.memory.limit_bytes + HANDOFF_BYTES
+
     def admits(self) -> bool:
         """Whether an exchange may pass. False only with ``when_full: reject``, while nothing can be recorded."""
         if not self._rejects or not (self._troubles or self._behind):
@@ -161,7 +168,7 @@ class Spool:
     def submit(self, entry: Entry) -> asyncio.Future[None] | None:
         """Records ``entry``. What is returned is done when it is as durable as the settings ask; None: no need to wait."""
         self.ledger.receive(entry.events)
-        if self.memory.held_bytes + ENTRY_BYTES > self.memory.limit_bytes + HANDOFF_BYTES:
+        if self.is_full:
             self._refuse(entry)
             return None
         self.memory.held_bytes += ENTRY_BYTES
@@ -213,11 +220,13 @@ class Spool:
         self.ledger.discard(Discard.MEMORY_FULL, entry.events)
         self.memory.release(entry.held_bytes)
         entry.discard()
-        if not self._behind:
-            self._behind = True
+        self._behind = True
+        now = self._loop.time()
+        if now - self._refused_at > QUIET_SECONDS:
             logger.error(
                 "Recording is behind: the disk is slower than the traffic, or hangs. Events are discarded and counted."
             )
+        self._refused_at = now
 
     def _let_go(self) -> None:
         """Releases responses that have waited for max_hold."""
@@ -272,17 +281,20 @@ class Spool:
         lines: dict[str, list[bytes]] = {}
         spilled = size = 0
         stopping = False
-        self.files.begin(time.time())
-        while self._jobs and not stopping and len(group) < GROUP_JOBS and size + spilled <= GROUP_BYTES:
-            job = self._jobs.popleft()
-            if job is None:
-                stopping = True
-            elif isinstance(job, tuple):
-                group.append(job)
-                size += self._render(job[0], lines)
-            else:
-                spilled += self._do(job)
-        self._append(lines)
+        try:
+            self.files.begin(time.time())
+            while self._jobs and not stopping and len(group) < GROUP_JOBS and size + spilled <= GROUP_BYTES:
+                job = self._jobs.popleft()
+                if job is None:
+                    stopping = True
+                elif isinstance(job, tuple):
+                    group.append(job)
+                    size += self._render(job[0], lines)
+                else:
+                    spilled += self._do(job)
+            self._append(lines)
+        except Exception:
+            logger.exception("A group could not be written whole, by a defect of payload-logger; the thread goes on.")
         self._tell(self._written, group, spilled)
         return stopping
 
@@ -321,6 +333,9 @@ class Spool:
                     self._fail(Discard.SPOOL_FULL, len(group), "the disk budget (spool.max_bytes) is used up")
                 except OSError as error:
                     self._fail(Discard.WRITE_FAILED, len(group), f"{error.strerror}: {error.filename or 'spool file'}")
+                except Exception:
+                    logger.exception("Events could not be written, by a defect of payload-logger; they are discarded.")
+                    self.ledger.discard(Discard.RENDER_FAILED, len(group))
                 else:
                     self.ledger.deliver(len(group))
                     if self._troubles and time.monotonic() - self._failed_at > CALM_SECONDS:

@@ -396,7 +396,7 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+@pytest.mark.skipif(shutil.which("strace") is None and not os.environ.get("CI"), reason="strace is not installed")
 def test_with_synced_the_kernel_has_put_it_on_the_disk_before_the_response_is_released(tmp_path: Path) -> None:
     calls = traced(tmp_path, Durability.SYNCED)
     groups = "".join(calls).split("R")
@@ -406,10 +406,11 @@ def test_with_synced_the_kernel_has_put_it_on_the_disk_before_the_response_is_re
         assert writes == syncs == 2, calls
         assert group.rindex("W") < group.index("S"), calls
     # The new folders and files: their names, too, are on the disk before the first release.
-    assert groups[0].count("F") == 2
+    # In each collection: the four folders of the partition, each within the one above it, and the file within the last.
+    assert groups[0].count("F") >= 2 * 5
 
 
-@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+@pytest.mark.skipif(shutil.which("strace") is None and not os.environ.get("CI"), reason="strace is not installed")
 def test_with_written_nothing_is_synced(tmp_path: Path) -> None:
     calls = "".join(traced(tmp_path, Durability.WRITTEN))
     assert re.fullmatch("(WWR){3}", calls)

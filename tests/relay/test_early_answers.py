@@ -1,0 +1,67 @@
+"""An answer that comes while the request is still on its way to the model server."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from tests.harness import model_server, proxy
+from tests.relay.wire import OK, connected, head
+
+SIZE = 4_000_000
+
+
+async def test_a_connection_that_does_not_have_the_whole_request_is_not_used_again(tmp_path: Path) -> None:
+    """D12, E17: else the next client's request would be taken for the rest of this one's body."""
+    seen: list[bytes] = []
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            line = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")[0]
+            seen.append(line)
+            writer.write(OK)
+            await writer.drain()
+            if b"/big" in line:
+                await asyncio.Event().wait()  # it never reads the body
+
+    big = head(b"POST /big HTTP/1.1", b"Host: h", b"Content-Length: %d" % SIZE) + bytes(SIZE)
+    async with model_server(handler) as model, proxy(model.url, tmp_path) as p, connected(p.port) as first:
+        first.write(big)
+        answer = await first.response()
+        assert b"\r\nConnection: close\r\n" in answer
+        async with connected(p.port) as second:
+            second.write(head(b"GET /victim HTTP/1.1", b"Host: v"))
+            assert (await second.response()).startswith(b"HTTP/1.1 200 ")
+        assert seen == [b"POST /big HTTP/1.1", b"GET /victim HTTP/1.1"]
+        assert model.connections == 2
+
+
+async def test_a_recorder_that_fails_costs_the_recording_only(tmp_path: Path) -> None:
+    """Promise 2: whichever call fails, in the request's head, its body or the response's."""
+
+    class Broken:
+        def __init__(self, at: str) -> None:
+            self.at = at
+
+        def __getattr__(self, name: str) -> object:
+            def call(*_: object, **__: object) -> object:
+                if name == self.at:
+                    raise RuntimeError(name)
+                return self if name == "open" else None
+
+            return call
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            await reader.readuntil(b"\r\n\r\n")
+            await reader.readexactly(4)
+            writer.write(OK)
+
+    async with model_server(handler) as model, proxy(model.url, tmp_path) as p:
+        for at in ("open", "request_piece", "request_complete", "response_head", "response_piece", "finish"):
+            p.app.relay.recorder = Broken(at)  # type: ignore[assignment]
+            async with connected(p.port) as client:
+                client.write(head(b"POST /a HTTP/1.1", b"Host: h", b"Content-Length: 4"))
+                client.write(b"ping")
+                assert (await client.response()).endswith(b"ok"), at
+        assert p.app.relay.defects == 6
