@@ -78,7 +78,7 @@ async def test_a_body_stands_in_its_line(
         for event in await pair(p):
             assert event["datacontenttype"] == (found_type or content_type)
             total = "*" if chunked else len(body)
-            assert event["contentrange"] == (f"bytes 0-{len(body) - 1}/{total}" if body else f"bytes */{total}")
+            assert event["contentrange"] == (f"bytes 0-{len(body) - 1}/{total}" if body else "bytes */0")
             assert (event["capturestatus"], event["bodybytes"]) == ("complete", len(body))
             if data is BINARY:
                 file = body_file(event)
