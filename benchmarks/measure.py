@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 LOAD_CORE = "1"
-_UNITS = {"us": 1.0, "ms": 1e3, "s": 1e6}
+_UNITS = {"us": 1.0, "ms": 1e3, "s": 1e6, "m": 6e7}
 _SCRIPT = """
 wrk.method = "POST"
 wrk.headers["Content-Type"] = "{content_type}"
@@ -91,8 +91,8 @@ def wrk(
     return Load(
         requests=requests,
         requests_per_second=float(_found(r"Requests/sec:\s+([\d.]+)", text)),
-        p50_us=_time(_found(r"50%\s+(\S+)", text)),
-        p99_us=_time(_found(r"99%\s+(\S+)", text)),
+        p50_us=_time(_found(r"50%\s+([\d.]+[a-z]+)", text)),
+        p99_us=_time(_found(r" 99%\s+([\d.]+[a-z]+)", text)),
         cpu_us=spent / max(1, requests) * 1e6,
         failures=sum(map(int, errors.groups() if errors else ())) + (int(bad[1]) if bad else 0),
     )
@@ -106,7 +106,7 @@ def _found(pattern: str, text: str) -> str:
 
 
 def _time(text: str) -> float:
-    number, unit = re.fullmatch(r"([\d.]+)(us|ms|s)", text).groups()  # type: ignore[union-attr]
+    number, unit = re.findall(r"([\d.]+)([a-z]+)", text)[0]
     return float(number) * _UNITS[unit]
 
 
