@@ -119,7 +119,7 @@ class UpstreamConnection(Connection):
         """How the body of this answer is framed (RFC 9112 §6.3). Raises UpstreamInvalid."""
         headers = message.headers
         encoding = headers.getall("transfer-encoding", None)
-        if encoding is not None and (encoding != ["chunked"] and [one.lower() for one in encoding] != ["chunked"]):
+        if encoding is not None and [one.lower() for one in encoding] != ["chunked"]:
             raise UpstreamInvalid("the model server's transfer encoding is not supported")
         if encoding is not None and message.version == HttpVersion10:
             raise UpstreamInvalid("the model server used a transfer encoding in HTTP/1.0")

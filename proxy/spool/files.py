@@ -21,7 +21,6 @@ from proxy.spool.recovery import Journal
 
 logger = logging.getLogger("payload_logger.spool")
 
-MAX_LINES_PER_APPEND = 1024  # IOV_MAX
 _FILE_MODE = 0o640
 _FOLDER_MODE = 0o750
 
@@ -138,7 +137,7 @@ class Files:
             self._minute = minute
 
     def append(self, collection: str, lines: list[bytes]) -> None:
-        """Appends at most MAX_LINES_PER_APPEND lines, all or none. Raises SpoolFull or OSError.
+        """Appends lines, all or none; a group has far fewer than IOV_MAX (1024). Raises SpoolFull or OSError.
 
         The bodies that were finished before belong to these lines: they go when the lines are not written.
         """
