@@ -14,9 +14,9 @@ from urllib.parse import unquote, urlsplit
 
 from proxy.capture.recorder import PayloadRecorder
 from proxy.ledger import Ledger
-from proxy.relay.connection import require_c_parser
+from proxy.relay.parsing import Limits, require_c_parser
 from proxy.relay.server import Relay
-from proxy.relay.upstream import Limits, Pool, UpstreamAddress
+from proxy.relay.upstream import Pool, UpstreamAddress
 from proxy.settings import PAYLOAD_COLLECTIONS, Durability, HostHeader, Settings
 from proxy.spool import recovery
 from proxy.spool.budget import Budget

@@ -1,7 +1,6 @@
 """One transport as a reader with back-pressure and a writer that can be waited for.
 
-Both sides of the relay are such connections. aiohttp's parser reads their heads; it is its C extension that is
-meant, since the pure-Python fallback is more lenient.
+Both sides of the relay are such connections.
 """
 
 from __future__ import annotations
@@ -12,8 +11,6 @@ import socket
 import struct
 from collections import deque
 from typing import cast
-
-import aiohttp.http_parser
 
 READ_AHEAD_BYTES = 256 * 1024  # received and not yet taken; above this the peer is made to wait
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
@@ -27,14 +24,11 @@ class HeadTooLong(Exception):
         self.in_start_line = b"\n" not in data[:max_bytes]
 
 
-def require_c_parser() -> None:
-    """Raises RuntimeError unless aiohttp's C parser is in use."""
-    if aiohttp.http_parser.HttpRequestParser is aiohttp.http_parser.HttpRequestParserPy:
-        raise RuntimeError("aiohttp's C extension is missing; its fallback parser is too lenient for a proxy")
+class Connection:
+    """A byte stream both ways. Subclasses say what a lost connection means to them.
 
-
-class Connection(asyncio.Protocol):
-    """A byte stream both ways. Subclasses say what a lost connection means to them."""
+    An ``asyncio.Protocol`` by its methods and not by its base, which a compiled class could not have.
+    """
 
     __slots__ = (
         "_drained",

@@ -7,12 +7,11 @@ pass the answer to the client, hold back the end of the answer until it is recor
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from http import HTTPStatus
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING
 
 import orjson
-from aiohttp.http import HttpVersion10, HttpVersion11, RawRequestMessage, RawResponseMessage
+from aiohttp.http import HttpVersion10, HttpVersion11
 
 from proxy import ids
 from proxy.relay.faults import Fault, RequestFault, UpstreamFault, UpstreamInvalid, UpstreamLost
@@ -25,14 +24,13 @@ from proxy.relay.headers import (
     response_head,
     valid_request_id,
 )
-from proxy.relay.recording import Ending, Recording
+from proxy.relay.parsing import RequestHead, ResponseHead
+from proxy.relay.recording import Ending, Witness
 from proxy.relay.upstream import STALE_SECONDS, UpstreamConnection
 
 if TYPE_CHECKING:
     from proxy.relay.server import Downstream, Relay
 
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
 _NOT_INTERIM = frozenset({b"content-length"})  # RFC 9110 §8.6
 _VERSIONS = (HttpVersion11, HttpVersion10)
 # A request body that came whole with its head is sent along with it, and can be sent again on a fresh connection.
@@ -51,7 +49,6 @@ class Exchange:
         "_keep_alive",
         "_message",
         "_method",
-        "_recording",
         "_relay",
         "_request_head",
         "_request_id",
@@ -59,15 +56,16 @@ class Exchange:
         "_response_begun",
         "_upload",
         "_upstream",
+        "_witness",
     )
 
-    def __init__(self, relay: Relay, client: Downstream, message: RawRequestMessage) -> None:
+    def __init__(self, relay: Relay, client: Downstream, message: RequestHead) -> None:
         self._relay = relay
         self._client = client
         self._message = message
         self._method: str = message.method
         self._keep_alive = not message.should_close
-        self._recording: Recording | None = None
+        self._witness = Witness(relay.recording_failed)
         self._upstream: UpstreamConnection | None = None
         self._upload: asyncio.Task[None] | None = None
         self._response_begun = False
@@ -89,7 +87,8 @@ class Exchange:
             await self._answer_fault(fault)
         finally:
             # If it is not finished yet, the client has left, or was made to.
-            self._finish(Ending.STOPPED if self._relay.draining and not self._client.left else Ending.CLIENT_LEFT)
+            stopped = self._relay.draining and not self._client.left
+            self._witness.finish(Ending.STOPPED if stopped else Ending.CLIENT_LEFT)
             if self._upload is not None:
                 self._upload.cancel()
             if self._upstream is not None:
@@ -110,9 +109,7 @@ class Exchange:
         self._request_id = incoming if has_id and incoming is not None else ids.uuid4()
         if self._method in ("CONNECT", "TRACE"):
             raise RequestFault(f"{self._method} is not passed on", HTTPStatus.METHOD_NOT_ALLOWED)
-        self._recording = self._told(
-            self._relay.recorder.open, self._method, message.path, message.headers, self._request_id, length=length
-        )
+        self._witness.open(self._relay.recorder, self._method, message.path, message.headers, self._request_id, length)
         pool = self._relay.pool
         target, authority = origin_form(message.path.encode("utf-8", "surrogateescape"), pool.address.base_path)
         self._request_head = request_head(
@@ -160,13 +157,13 @@ class Exchange:
 
     async def _request_piece(self, data: bytes) -> bytes:
         """One piece of the request's body, recorded and framed for the model server. Raises RequestFault."""
-        body, recording = self._body, self._recording
+        body = self._body
         try:
             payload = body.feed(data)
         except FramingError as error:
             raise RequestFault(f"the request's body is not valid: {error}") from None
-        if payload and recording is not None:
-            wait = self._told(recording.request_piece, payload)
+        if payload:
+            wait = self._witness.request_piece(payload)
             if wait is not None:
                 await wait
         if not self._chunked:
@@ -177,10 +174,9 @@ class Exchange:
     def _request_read(self) -> None:
         self._request_passed = True
         self._client.unread(self._body.rest)
-        if self._recording is not None:
-            self._told(self._recording.request_complete)
+        self._witness.request_complete()
 
-    async def _send(self, first: bytes) -> tuple[UpstreamConnection, RawResponseMessage]:
+    async def _send(self, first: bytes) -> tuple[UpstreamConnection, ResponseHead]:
         """Sends the request, once more where a pooled connection was dead already; the head of the answer."""
         pool = self._relay.pool
         replayable = self._body.done and len(first) <= _REPLAYABLE_BYTES
@@ -220,7 +216,7 @@ class Exchange:
 
     # --- the response ---
 
-    async def _response_message(self, upstream: UpstreamConnection) -> RawResponseMessage:
+    async def _response_message(self, upstream: UpstreamConnection) -> ResponseHead:
         """The head of the final answer; interim ones (RFC 9110 §15.2) are passed on. Raises Fault."""
         while True:
             message = await upstream.receive_response_head()
@@ -241,9 +237,9 @@ class Exchange:
                 )
                 await self._client.drain()
 
-    async def _answer(self, upstream: UpstreamConnection, message: RawResponseMessage) -> None:
+    async def _answer(self, upstream: UpstreamConnection, message: ResponseHead) -> None:
         """Passes the answer on, piece by piece as it comes, and its end when it is recorded."""
-        client, recording = self._client, self._recording
+        client = self._client
         self._relay.upstream_answered()
         body = upstream.decoder(message, self._method)
         until_close = isinstance(body, CloseBody)
@@ -258,9 +254,8 @@ class Exchange:
             chunked=chunked,
             connection=self._connection_header(),
         )
-        if recording is not None:
-            sized = not (until_close or isinstance(body, ChunkedBody))
-            self._told(recording.response_head, message.code, message.headers, sized=sized)
+        sized = not (until_close or isinstance(body, ChunkedBody))
+        self._witness.response_head(message.code, message.headers, sized)
 
         # What is whole when its head is goes out whole, once it is recorded: the client could do nothing with a part of it.
         ready = head
@@ -295,34 +290,19 @@ class Exchange:
             payload = body.feed(data)
         except FramingError as error:
             raise UpstreamInvalid(f"the model server's response is not valid: {error}") from None
-        if payload and self._recording is not None:
-            wait = self._told(self._recording.response_piece, payload)
+        if payload:
+            wait = self._witness.response_piece(payload)
             if wait is not None:
                 await wait
         return chunk(payload) if chunked and payload else payload
 
     async def _hold(self) -> None:
         """Waits until the exchange is recorded, so that no client has seen the end of what a crash could lose."""
-        held = self._finish(Ending.COMPLETE)
+        held = self._witness.finish(Ending.COMPLETE)
         if held is not None:
             await held
 
-    def _finish(self, ending: Ending) -> asyncio.Future[None] | None:
-        recording, self._recording = self._recording, None
-        return self._told(recording.finish, ending) if recording is not None else None
-
-    def _told(self, tell: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs) -> _T | None:
-        """What the recorder answers. A defect of its own costs the recording, never the exchange."""
-        try:
-            return tell(*arguments, **named)
-        except Fault:
-            raise
-        except Exception as error:  # noqa: BLE001 - supervises the recorder: counted and logged there
-            self._recording = None
-            self._relay.recording_failed(error)
-            return None
-
-    def _release(self, upstream: UpstreamConnection, message: RawResponseMessage, body: BodyDecoder) -> None:
+    def _release(self, upstream: UpstreamConnection, message: ResponseHead, body: BodyDecoder) -> None:
         """Gives the upstream connection back if it is fit for another exchange."""
         self._upstream = None
         # A server that wrongly sends a body with these would have it taken for its next answer.
@@ -347,17 +327,15 @@ class Exchange:
         self._keep_alive = False
         ending = Ending.UPSTREAM_FAILED if isinstance(fault, UpstreamFault) else Ending.REQUEST_REFUSED
         if self._response_begun:  # all that is left is to make sure that nobody takes it for a whole answer
-            self._finish(ending)
+            self._witness.finish(ending)
             self._client.abort()
             return
         head, body = fault_answer(fault.status, str(fault), self._request_id, head_only=self._method == "HEAD")
-        if self._recording is not None:
-            self._told(self._recording.response_head, fault.status, None, sized=True)
-        if self._recording is not None:
-            self._told(self._recording.response_piece, body)
-            held = self._finish(ending)
-            if held is not None:
-                await held
+        self._witness.response_head(fault.status, None, True)
+        self._witness.response_piece(body)
+        held = self._witness.finish(ending)
+        if held is not None:
+            await held
         self._response_begun = True
         self._client.write(head + body)
 
@@ -381,7 +359,7 @@ def fault_answer(status: int, message: str, request_id: str, *, head_only: bool 
     return head.encode(), b"" if head_only else body
 
 
-def _status_line(message: RawResponseMessage) -> bytes:
+def _status_line(message: ResponseHead) -> bytes:
     key = (message.code, message.reason)
     line = _STATUS_LINES.get(key)
     if line is None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from enum import Enum
 from typing import Protocol
 
 from multidict import CIMultiDictProxy
+
+from proxy.relay.faults import Fault
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that left
 
@@ -71,3 +73,77 @@ class NoRecorder:
         length: int | None,
     ) -> Recording | None:
         return None
+
+
+class Witness:
+    """What an exchange tells its recording through, if it has one. A defect there costs the recording, never the exchange.
+
+    ``failed`` is told of such a defect.
+    """
+
+    __slots__ = ("_failed", "_recording")
+
+    def __init__(self, failed: Callable[[Exception], None]) -> None:
+        self._failed = failed
+        self._recording: Recording | None = None
+
+    def open(
+        self,
+        recorder: Recorder,
+        method: str,
+        target: str,
+        headers: CIMultiDictProxy[str],
+        request_id: str,
+        length: int | None,
+    ) -> None:
+        """Raises RecordingRefused."""
+        try:
+            self._recording = recorder.open(method, target, headers, request_id, length=length)
+        except Fault:
+            raise
+        except Exception as error:  # noqa: BLE001 - counted and logged by who is told, as below
+            self._lose(error)
+
+    def request_piece(self, data: bytes) -> Awaitable[None] | None:
+        if self._recording is not None:
+            try:
+                return self._recording.request_piece(data)
+            except Exception as error:  # noqa: BLE001
+                self._lose(error)
+        return None
+
+    def request_complete(self) -> None:
+        if self._recording is not None:
+            try:
+                self._recording.request_complete()
+            except Exception as error:  # noqa: BLE001
+                self._lose(error)
+
+    def response_head(self, status: int, headers: CIMultiDictProxy[str] | None, sized: bool) -> None:
+        if self._recording is not None:
+            try:
+                self._recording.response_head(status, headers, sized=sized)
+            except Exception as error:  # noqa: BLE001
+                self._lose(error)
+
+    def response_piece(self, data: bytes) -> Awaitable[None] | None:
+        if self._recording is not None:
+            try:
+                return self._recording.response_piece(data)
+            except Exception as error:  # noqa: BLE001
+                self._lose(error)
+        return None
+
+    def finish(self, ending: Ending) -> asyncio.Future[None] | None:
+        """The first call counts; what is to be awaited before the end of the response leaves."""
+        recording, self._recording = self._recording, None
+        if recording is not None:
+            try:
+                return recording.finish(ending)
+            except Exception as error:  # noqa: BLE001
+                self._lose(error)
+        return None
+
+    def _lose(self, error: Exception) -> None:
+        self._recording = None
+        self._failed(error)

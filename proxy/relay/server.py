@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 import ssl
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-
-from aiohttp.http import HttpProcessingError, HttpRequestParser, RawRequestMessage
-from aiohttp.http_exceptions import LineTooLong
+from typing import cast
 
 from proxy.relay.connection import Connection, HeadTooLong
 from proxy.relay.exchange import Exchange, fault_answer
 from proxy.relay.faults import Fault, RequestFault, UpstreamFault
 from proxy.relay.headers import Forwarding
+from proxy.relay.parsing import Limits, RequestHead, RequestParser
 from proxy.relay.recording import Recorder
-from proxy.relay.upstream import Limits, Pool
+from proxy.relay.upstream import Pool
 from proxy.settings import ForwardedHeaders
 
 logger = logging.getLogger("payload_logger.relay")
@@ -36,17 +37,7 @@ class Downstream(Connection):
     def __init__(self, relay: Relay) -> None:
         super().__init__(relay.loop)
         self._relay = relay
-        limits = relay.limits
-        self._parser = HttpRequestParser(
-            self,  # type: ignore[arg-type]  # used only to hold back a body, and this parser sees none
-            relay.loop,
-            2**16,
-            response_with_body=False,
-            auto_decompress=False,
-            max_line_size=limits.max_head_bytes,
-            max_field_size=limits.max_head_bytes,
-            max_headers=limits.max_headers,
-        )
+        self._parser = RequestParser(self, relay.loop, relay.limits)
         self._task: asyncio.Task[None] | None = None
         self.forwarding: Forwarding
         self.busy = False
@@ -109,12 +100,12 @@ class Downstream(Connection):
             self.close()
             self._task = None
 
-    async def _receive_request(self) -> RawRequestMessage | None:
+    async def _receive_request(self) -> RequestHead | None:
         """The next request's head; None when there is none. What is no valid head is answered here."""
         try:
             while (head := await self.receive_head(self._relay.limits.max_head_bytes)) is not None:
-                if head.strip(b"\r\n"):  # RFC 9112 §2.2: empty lines before a request line are ignored
-                    return self._parse(head)
+                if head := head.lstrip(b"\r\n"):  # RFC 9112 §2.2: empty lines before a request line are ignored
+                    return self._parser.parse(head)
             return None
         except HeadTooLong as error:
             fault = (
@@ -129,26 +120,6 @@ class Downstream(Connection):
         self.write(answer + body)
         await self._linger()
         return None
-
-    def _parse(self, head: bytes) -> RawRequestMessage:
-        head = head.lstrip(b"\r\n")
-        if head[: head.index(b"\r\n")].rpartition(b" ")[2][:5] in (b"RTSP/", b"ICE/1", b"ICE/2"):
-            raise RequestFault("only HTTP/1.1 and HTTP/1.0 are spoken", 505)
-        try:
-            messages, upgraded, _ = self._parser.feed_data(head)
-        except LineTooLong:
-            raise RequestFault("the request's head is longer than proxy.max_head_bytes allows", 431) from None
-        except HttpProcessingError as error:
-            if "Too many headers" in error.message:
-                raise RequestFault("the request has more headers than proxy.max_headers allows", 431) from None
-            raise RequestFault(_first_line(error.message)) from None
-        if upgraded:
-            # An upgrade is not offered to the model server; RFC 9110 §7.8 lets a server ignore the wish.
-            self._parser.set_upgraded(False)
-        if len(messages) != 1:
-            raise RequestFault("the request's head is not valid")
-        message: RawRequestMessage = messages[0][0]
-        return message
 
     async def _linger(self) -> None:
         """Closes in a way that lets the client read the answer though it is still sending (RFC 9112 §9.6)."""
@@ -200,17 +171,19 @@ class Relay:
         """Listens on ``HOST:PORT`` or ``unix:/PATH``; the address as bound. Raises OSError."""
         if address.startswith("unix:"):
             path = Path(address.removeprefix("unix:"))
-            server = await self.loop.create_unix_server(lambda: Downstream(self), str(path), ssl=tls, backlog=BACKLOG)
+            server = await self.loop.create_unix_server(self._accept, str(path), ssl=tls, backlog=BACKLOG)
             self._unix_paths.append(path)
             self._servers.append(server)
             return address
         host, _, port = address.rpartition(":")
-        server = await self.loop.create_server(
-            lambda: Downstream(self), host.strip("[]"), int(port), ssl=tls, backlog=BACKLOG
-        )
+        server = await self.loop.create_server(self._accept, host.strip("[]"), int(port), ssl=tls, backlog=BACKLOG)
         self._servers.append(server)
-        bound = server.sockets[0].getsockname()
+        sockets: Sequence[socket.socket] = server.sockets
+        bound = sockets[0].getsockname()
         return f"[{bound[0]}]:{bound[1]}" if ":" in bound[0] else f"{bound[0]}:{bound[1]}"
+
+    def _accept(self) -> asyncio.Protocol:
+        return cast("asyncio.Protocol", Downstream(self))
 
     async def drain(self, seconds: float) -> int:
         """Stops accepting, lets the exchanges in flight finish; the number of those that were cut after ``seconds``."""
@@ -280,8 +253,3 @@ class Relay:
                 connection.quiet_since = now
             elif now - connection.quiet_since > self._keepalive_timeout_seconds:
                 connection.close()
-
-
-def _first_line(message: str) -> str:
-    """aiohttp's parser messages quote the input on further lines; clients get the reason only."""
-    return "the request is not valid HTTP/1.1: " + message.split("\n", 1)[0].strip().rstrip(":")

@@ -7,14 +7,15 @@ import os
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 from urllib.parse import urlsplit
 
-from aiohttp.http import HttpProcessingError, HttpResponseParser, HttpVersion10, RawResponseMessage
+from aiohttp.http import HttpVersion10
 
 from proxy.relay.connection import Connection, HeadTooLong
 from proxy.relay.faults import UpstreamInvalid, UpstreamLost, UpstreamTimeout, UpstreamUnreachable
 from proxy.relay.framing import BodyDecoder, ChunkedBody, CloseBody, LengthBody
-from proxy.relay.headers import is_clean
+from proxy.relay.parsing import Limits, ResponseHead, ResponseParser
 
 # A reused connection that dies within this time after a request went out, without a byte of answer, had been
 # closed by the server when it was idle. One that dies later was at work on the request: that is not sent twice.
@@ -50,14 +51,6 @@ class UpstreamAddress:
         return f"unix:{self.unix_path}" if self.unix_path else f"{self.host}:{self.port}"
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Largest heads that are read, from either side."""
-
-    max_head_bytes: int
-    max_headers: int
-
-
 class UpstreamConnection(Connection):
     """One connection to the model server, used for one exchange at a time."""
 
@@ -68,16 +61,7 @@ class UpstreamConnection(Connection):
     ) -> None:
         super().__init__(loop)
         self._limits = limits
-        self._parser = HttpResponseParser(
-            self,  # type: ignore[arg-type]  # used only to hold back a body, and this parser sees none
-            loop,
-            2**16,
-            response_with_body=False,
-            auto_decompress=False,
-            max_line_size=limits.max_head_bytes,
-            max_field_size=limits.max_head_bytes,
-            max_headers=limits.max_headers,
-        )
+        self._parser = ResponseParser(self, loop, limits)
         self.idle = False
         self.idle_since = 0.0
         self.answering = False  # whether a byte of the answer has come
@@ -94,7 +78,7 @@ class UpstreamConnection(Connection):
         super().connection_lost(exc)
         self.on_lost(self)
 
-    async def receive_response_head(self) -> RawResponseMessage:
+    async def receive_response_head(self) -> ResponseHead:
         """The next head of an answer, 1xx ones included. Raises UpstreamFault."""
         try:
             head = await self.receive_head(self._limits.max_head_bytes)
@@ -102,20 +86,9 @@ class UpstreamConnection(Connection):
             raise UpstreamInvalid("the model server's response head is too long") from None
         if head is None:
             raise UpstreamLost("the model server closed the connection before its response head was complete")
-        if not is_clean(head):
-            raise UpstreamInvalid("the model server's response head has invalid characters or line ends")
-        try:
-            messages, upgraded, _ = self._parser.feed_data(head)
-        except HttpProcessingError:
-            raise UpstreamInvalid("the model server's response head is not valid HTTP/1.1") from None
-        if upgraded or len(messages) != 1:
-            raise UpstreamInvalid("the model server switched protocols without being asked to")
-        message = messages[0][0]
-        if not 100 <= message.code <= 999:
-            raise UpstreamInvalid("the model server's status is not valid")
-        return message
+        return self._parser.parse(head)
 
-    def decoder(self, message: RawResponseMessage, method: str) -> BodyDecoder:
+    def decoder(self, message: ResponseHead, method: str) -> BodyDecoder:
         """How the body of this answer is framed (RFC 9112 §6.3). Raises UpstreamInvalid."""
         headers = message.headers
         encoding = headers.getall("transfer-encoding", None)
@@ -179,16 +152,13 @@ class Pool:
         """A new connection. Raises UpstreamUnreachable or UpstreamTimeout."""
         address = self.address
 
-        def protocol() -> UpstreamConnection:
-            return UpstreamConnection(self._loop, self._limits, self._forget)
-
         try:
             async with asyncio.timeout(self._connect_timeout_seconds):
                 if address.unix_path is not None:
-                    _, connection = await self._loop.create_unix_connection(protocol, address.unix_path)
+                    _, made = await self._loop.create_unix_connection(self._protocol, address.unix_path)
                 else:
-                    _, connection = await self._loop.create_connection(
-                        protocol, address.host, address.port, ssl=self._tls
+                    _, made = await self._loop.create_connection(
+                        self._protocol, address.host, address.port, ssl=self._tls
                     )
         except TimeoutError:
             raise UpstreamTimeout(
@@ -196,8 +166,12 @@ class Pool:
             ) from None
         except (OSError, ssl.CertificateError) as error:
             raise UpstreamUnreachable(f"no connection to the model server: {_reason(error)}") from error
+        connection = cast("UpstreamConnection", made)
         self._quiet_since[connection] = self._loop.time()
         return connection
+
+    def _protocol(self) -> asyncio.Protocol:
+        return cast("asyncio.Protocol", UpstreamConnection(self._loop, self._limits, self._forget))
 
     def give_back(self, connection: UpstreamConnection) -> None:
         """Keeps a connection whose exchange is over, if it is fit for another one."""

@@ -42,17 +42,17 @@ class Budget:
         self._written = 0  # since the measurement began
         self._stop = threading.Event()
         self._refused = False
-        self._thread = threading.Thread(target=self._measure, name="spool-budget", daemon=True)
+        self._worker = threading.Thread(target=self._measure, name="spool-budget", daemon=True)
 
     def start(self) -> None:
         if self.max_bytes:
-            self._thread.start()
+            self._worker.start()
 
     def stop(self) -> None:
         """Ends the measuring; a disk that hangs keeps its thread, which ends with the process."""
         self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=1)
+        if self._worker.is_alive():
+            self._worker.join(timeout=1)
 
     @property
     def used_bytes(self) -> int:

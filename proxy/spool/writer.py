@@ -117,7 +117,7 @@ class Spool:
         self._jobs: deque[_Job] = deque()
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._waking = False
-        self._thread = threading.Thread(target=self._run, name="spool-writer", daemon=True)
+        self._worker = threading.Thread(target=self._run, name="spool-writer", daemon=True)
         self._closed: asyncio.Future[None] = loop.create_future()
         self._held: deque[tuple[float, asyncio.Future[None]]] = deque()
         self._hold_timer: asyncio.TimerHandle | None = None
@@ -132,7 +132,7 @@ class Spool:
         self._behind = False
 
     def start(self) -> None:
-        self._thread.start()
+        self._worker.start()
 
     async def close(self, timeout_seconds: float = 10.0) -> None:
         """Writes what waits, closes the files. A disk that hangs is left after ``timeout_seconds``."""

@@ -13,9 +13,10 @@ from typing import Any
 
 from multidict import CIMultiDictProxy
 
+from proxy.relay.parsing import Limits
 from proxy.relay.recording import Ending, NoRecorder, Recorder
 from proxy.relay.server import Relay
-from proxy.relay.upstream import Limits, Pool, UpstreamAddress
+from proxy.relay.upstream import Pool, UpstreamAddress
 from tests.harness import Handler, Proxy, model_server, proxy
 
 SECONDS = 10  # a test that waits longer than this has failed

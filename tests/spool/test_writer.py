@@ -286,7 +286,7 @@ async def test_close_leaves_a_disk_that_hangs_in_time_and_counts(
         assert "The disk did not answer within 0.2 s; 2 events were not recorded." in caplog.text
 
         files.gate.set()  # too late
-        await asyncio.to_thread(s.spool._thread.join, 5)
+        await asyncio.to_thread(s.spool._worker.join, 5)
         assert s.ledger.account() == account
         s.check_account()
 

@@ -161,7 +161,7 @@ async def spool(
             bench.files.gate.set()
         if not running.spool._closed.done():
             await running.spool.close()
-        await asyncio.to_thread(running.spool._thread.join, 10)
+        await asyncio.to_thread(running.spool._worker.join, 10)
         bench.budget.stop()
 
 

@@ -1,0 +1,137 @@
+"""Reads the heads of messages: aiohttp's C parser, and the checks that it leaves out.
+
+It is the C extension that is meant, since the pure-Python fallback is more lenient.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import aiohttp.http_parser
+from aiohttp.http import HttpProcessingError, HttpRequestParser, HttpResponseParser
+from aiohttp.http_exceptions import LineTooLong
+from multidict import CIMultiDictProxy
+
+from proxy.relay.faults import RequestFault, UpstreamInvalid
+from proxy.relay.headers import is_clean
+
+
+def require_c_parser() -> None:
+    """Raises RuntimeError unless aiohttp's C parser is in use."""
+    if aiohttp.http_parser.HttpRequestParser is aiohttp.http_parser.HttpRequestParserPy:
+        raise RuntimeError("aiohttp's C extension is missing; its fallback parser is too lenient for a proxy")
+
+
+class RequestHead(Protocol):
+    """A request's head, as aiohttp's parser gives it. Undecodable bytes are surrogate escapes."""
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def version(self) -> Any: ...
+    @property
+    def headers(self) -> CIMultiDictProxy[str]: ...
+    @property
+    def raw_headers(self) -> tuple[tuple[bytes, bytes], ...]: ...
+    @property
+    def should_close(self) -> bool: ...
+
+
+class ResponseHead(Protocol):
+    """A response's head."""
+
+    @property
+    def code(self) -> int: ...
+    @property
+    def reason(self) -> str: ...
+    @property
+    def version(self) -> Any: ...
+    @property
+    def headers(self) -> CIMultiDictProxy[str]: ...
+    @property
+    def raw_headers(self) -> tuple[tuple[bytes, bytes], ...]: ...
+    @property
+    def should_close(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Largest heads that are read, from either side."""
+
+    max_head_bytes: int
+    max_headers: int
+
+
+class RequestParser:
+    """Reads the heads of one connection's requests."""
+
+    __slots__ = ("_parser",)
+
+    def __init__(self, connection: object, loop: asyncio.AbstractEventLoop, limits: Limits) -> None:
+        self._parser: Any = _parser(HttpRequestParser, connection, loop, limits)
+
+    def parse(self, head: bytes) -> RequestHead:
+        """``head`` ends in an empty line. Raises RequestFault."""
+        if head[: head.index(b"\r\n")].rpartition(b" ")[2][:5] in (b"RTSP/", b"ICE/1", b"ICE/2"):
+            raise RequestFault("only HTTP/1.1 and HTTP/1.0 are spoken", 505)
+        try:
+            messages, upgraded, _ = self._parser.feed_data(head)
+        except LineTooLong:
+            raise RequestFault("the request's head is longer than proxy.max_head_bytes allows", 431) from None
+        except HttpProcessingError as error:
+            if "Too many headers" in error.message:
+                raise RequestFault("the request has more headers than proxy.max_headers allows", 431) from None
+            raise RequestFault(_first_line(error.message)) from None
+        if upgraded:
+            # An upgrade is not offered to the model server; RFC 9110 §7.8 lets a server ignore the wish.
+            self._parser.set_upgraded(False)
+        if len(messages) != 1:
+            raise RequestFault("the request's head is not valid")
+        message: RequestHead = messages[0][0]
+        return message
+
+
+class ResponseParser:
+    """Reads the heads of one connection's responses."""
+
+    __slots__ = ("_parser",)
+
+    def __init__(self, connection: object, loop: asyncio.AbstractEventLoop, limits: Limits) -> None:
+        self._parser: Any = _parser(HttpResponseParser, connection, loop, limits)
+
+    def parse(self, head: bytes) -> ResponseHead:
+        """``head`` ends in an empty line. Raises UpstreamInvalid."""
+        if not is_clean(head):
+            raise UpstreamInvalid("the model server's response head has invalid characters or line ends")
+        try:
+            messages, upgraded, _ = self._parser.feed_data(head)
+        except HttpProcessingError:
+            raise UpstreamInvalid("the model server's response head is not valid HTTP/1.1") from None
+        if upgraded or len(messages) != 1:
+            raise UpstreamInvalid("the model server switched protocols without being asked to")
+        message: ResponseHead = messages[0][0]
+        if not 100 <= message.code <= 999:
+            raise UpstreamInvalid("the model server's status is not valid")
+        return message
+
+
+def _parser(kind: Any, connection: object, loop: asyncio.AbstractEventLoop, limits: Limits) -> Any:
+    return kind(
+        connection,  # used only to hold back a body, and this parser sees none
+        loop,
+        2**16,
+        response_with_body=False,
+        auto_decompress=False,
+        max_line_size=limits.max_head_bytes,
+        max_field_size=limits.max_head_bytes,
+        max_headers=limits.max_headers,
+    )
+
+
+def _first_line(message: str) -> str:
+    """aiohttp's parser messages quote the input on further lines; clients get the reason only."""
+    return "the request is not valid HTTP/1.1: " + message.split("\n", 1)[0].strip().rstrip(":")
