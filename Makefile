@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+COMPILED := build/compiled
 
-.PHONY: run test check bench docs clean
+.PHONY: run test test-compiled check bench wheel docs clean
 
 run: $(VENV)/.installed
 	$(BIN)/payload-logger demo $(ARGS)
@@ -11,14 +12,20 @@ run: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(ARGS)
 
+test-compiled: $(COMPILED)/.made     # the same tests on the compiled modules, in a copy of the project
+	cd $(COMPILED) && PYTHONPATH=. EXPECT_COMPILED=1 $(abspath $(BIN))/python -m pytest $(ARGS)
+
 check: $(VENV)/.installed-test $(VENV)/.installed-check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-bench: $(VENV)/.installed-test $(VENV)-bench/.installed   # wants wrk and nginx: apt-get install wrk nginx-light
+bench: $(COMPILED)/.made $(VENV)-bench/.installed   # wants wrk and nginx: apt-get install wrk nginx-light
 	PATH="$(abspath $(VENV))-bench/bin:$$PATH" $(BIN)/python benchmarks/run.py $(ARGS)
+
+wheel: $(VENV)/.installed           # with compiled modules, for this Python and platform; wants a C compiler
+	PAYLOAD_LOGGER_COMPILE=1 $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 docs: $(VENV)/.installed            # what is generated from the settings
 	$(BIN)/payload-logger schema > config/payload-logger.schema.json
@@ -37,8 +44,19 @@ $(VENV)/.installed-test: $(VENV)/.installed pyproject.toml
 	$(BIN)/python -m pip install --quiet --group test
 	@touch $@
 
-$(VENV)/.installed-check: $(VENV)/.installed pyproject.toml
+$(VENV)/.installed-test-compiled: $(COMPILED)/.made     # the same tests on the compiled modules, in a copy of the project
+	cd $(COMPILED) && PYTHONPATH=. EXPECT_COMPILED=1 $(abspath $(BIN))/python -m pytest $(ARGS)
+
+check: $(VENV)/.installed pyproject.toml
 	$(BIN)/python -m pip install --quiet --group check
+	@touch $@
+
+$(VENV)/.installed-compile: $(VENV)/.installed pyproject.toml
+	$(BIN)/python -m pip install --quiet --group compile
+	@touch $@
+
+$(COMPILED)/.made: $(VENV)/.installed-test $(VENV)/.installed-compile hatch_build.py $(shell find proxy tests benchmarks config docs -type f -not -name '*.pyc' 2>/dev/null) README.md
+	$(BIN)/python hatch_build.py $(COMPILED)
 	@touch $@
 
 # The peers have an environment of their own: mitmproxy pins versions that we don't want.

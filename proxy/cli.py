@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
 import json
 import logging
 import os
+import platform
 import signal
 import sys
 from collections.abc import Coroutine, Sequence
@@ -46,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="payload-logger",
         description="Stands in front of a model server and records its traffic as Azure ML data-collector events.",
     )
-    parser.add_argument("--version", action="version", version=f"payload-logger {__version__}")
+    parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="run the proxy", description="Runs the proxy until it is told to stop.")
@@ -145,6 +147,12 @@ def _stop(event: asyncio.Event) -> None:
 def _own_answers(app: App) -> list[str]:
     counts = ", ".join(f"{count} × {status}" for status, count in sorted(app.relay.faults.items()))
     return [f"answered by the proxy itself: {counts}"] if counts else []
+
+
+def _version() -> str:
+    hot = importlib.util.find_spec("proxy.relay.exchange")
+    kind = "pure Python" if hot is None or str(hot.origin).endswith(".py") else "compiled"
+    return f"payload-logger {__version__} ({kind}, Python {platform.python_version()})"
 
 
 def describe(settings: Settings, address: str) -> str:

@@ -76,7 +76,7 @@ class RequestParser:
 
     def parse(self, head: bytes) -> RequestHead:
         """``head`` ends in an empty line. Raises RequestFault."""
-        if head[: head.index(b"\r\n")].rpartition(b" ")[2][:5] in (b"RTSP/", b"ICE/1", b"ICE/2"):
+        if head.partition(b"\r\n")[0].rpartition(b" ")[2][:5] in (b"RTSP/", b"ICE/1", b"ICE/2"):
             raise RequestFault("only HTTP/1.1 and HTTP/1.0 are spoken", 505)
         try:
             messages, upgraded, _ = self._parser.feed_data(head)

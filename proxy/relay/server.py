@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
 import ssl
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from proxy.relay.connection import Connection, HeadTooLong
 from proxy.relay.exchange import Exchange, fault_answer
@@ -107,14 +105,14 @@ class Downstream(Connection):
                 if head := head.lstrip(b"\r\n"):  # RFC 9112 §2.2: empty lines before a request line are ignored
                     return self._parser.parse(head)
             return None
-        except HeadTooLong as error:
+        except HeadTooLong as long:
             fault = (
                 RequestFault("the request line is longer than proxy.max_head_bytes allows", 414)
-                if error.in_start_line
+                if long.in_start_line
                 else RequestFault("the request's head is longer than proxy.max_head_bytes allows", 431)
             )
-        except RequestFault as error:
-            fault = error
+        except RequestFault as refused:
+            fault = refused
         self._relay.count_fault(fault)
         answer, body = fault_answer(fault.status, str(fault), "")
         self.write(answer + body)
@@ -176,10 +174,11 @@ class Relay:
             self._servers.append(server)
             return address
         host, _, port = address.rpartition(":")
-        server = await self.loop.create_server(self._accept, host.strip("[]"), int(port), ssl=tls, backlog=BACKLOG)
-        self._servers.append(server)
-        sockets: Sequence[socket.socket] = server.sockets
-        bound = sockets[0].getsockname()
+        listener: Any = await self.loop.create_server(  # uvloop's, whose sockets are a list
+            self._accept, host.strip("[]"), int(port), ssl=tls, backlog=BACKLOG
+        )
+        self._servers.append(listener)
+        bound = listener.sockets[0].getsockname()
         return f"[{bound[0]}]:{bound[1]}" if ":" in bound[0] else f"{bound[0]}:{bound[1]}"
 
     def _accept(self) -> asyncio.Protocol:

@@ -46,7 +46,8 @@ class LineFile:
             if written < size:
                 rest = memoryview(b"".join(lines))[written:]
                 while rest:
-                    rest = rest[os.write(self._fd, rest) :]
+                    written = os.write(self._fd, rest)
+                    rest = rest[written:]
         except OSError:
             try:
                 os.ftruncate(self._fd, self.length)
@@ -80,7 +81,8 @@ class BodyPart:
     def write(self, data: bytes) -> None:
         rest = memoryview(data)
         while rest:
-            rest = rest[os.write(self._fd, rest) :]
+            written = os.write(self._fd, rest)  # on a line of its own: mypyc evaluates the bounds of a slice twice
+            rest = rest[written:]
         self.length += len(data)
 
     def sync(self) -> None:
