@@ -30,6 +30,8 @@ COMPILED = (
     "relay/headers.py",
     "relay/parsing.py",
     "relay/recording.py",
+    "relay/request.py",
+    "relay/response.py",
     "relay/server.py",
     "relay/upstream.py",
     "spool/writer.py",

@@ -13,6 +13,7 @@ from collections import deque
 from typing import cast
 
 READ_AHEAD_BYTES = 256 * 1024  # received and not yet taken; above this the peer is made to wait
+KNOWN_HEAD_BYTES = 4 * 1024  # longest head that a connection remembers, to recognise it when it comes again
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 

@@ -18,14 +18,10 @@ from proxy.relay.faults import Fault, RequestFault, UpstreamFault, UpstreamInval
 from proxy.relay.framing import BodyDecoder, ChunkedBody, CloseBody, FramingError, LengthBody, chunk, last_chunk
 from proxy.relay.headers import (
     allowed_trailers,
-    connection_options,
-    origin_form,
-    request_head,
-    response_head,
-    valid_request_id,
 )
-from proxy.relay.parsing import RequestHead, ResponseHead
+from proxy.relay.parsing import RequestHead
 from proxy.relay.recording import Ending, Witness
+from proxy.relay.response import Response
 from proxy.relay.upstream import STALE_SECONDS, UpstreamConnection
 
 if TYPE_CHECKING:
@@ -46,6 +42,7 @@ class Exchange:
         "_body",
         "_chunked",
         "_client",
+        "_http10",
         "_keep_alive",
         "_message",
         "_method",
@@ -70,6 +67,7 @@ class Exchange:
         self._upload: asyncio.Task[None] | None = None
         self._response_begun = False
         self._chunked = False
+        self._http10 = False
         self._body: BodyDecoder = LengthBody(0)
         self._request_head = b""
         self._request_id = ""
@@ -99,55 +97,24 @@ class Exchange:
 
     def _open(self) -> None:
         """Checks the request, opens its recording, writes the head for the model server."""
-        message = self._message
-        if message.version not in _VERSIONS:
-            raise RequestFault("only HTTP/1.1 and HTTP/1.0 are spoken", HTTPStatus.HTTP_VERSION_NOT_SUPPORTED)
-        length = self._frame_request()
-        incoming = message.headers.get("x-request-id")
-        incoming_id = incoming.encode("utf-8", "surrogateescape") if incoming is not None else None
-        has_id = valid_request_id(incoming_id)
-        self._request_id = incoming if has_id and incoming is not None else ids.uuid4()
+        request = self._client.request_of(self._message)
+        self._request_id = request.client_id or ids.uuid4()
         if self._method in ("CONNECT", "TRACE"):
             raise RequestFault(f"{self._method} is not passed on", HTTPStatus.METHOD_NOT_ALLOWED)
-        self._witness.open(self._relay.recorder, self._method, message.path, message.headers, self._request_id, length)
-        pool = self._relay.pool
-        target, authority = origin_form(message.path.encode("utf-8", "surrogateescape"), pool.address.base_path)
-        self._request_head = request_head(
-            self._method.encode(),
-            target,
-            message.raw_headers,
-            dropped=connection_options(message.headers.getall("connection", ())),
-            host=pool.address.host_header,
-            set_host=pool.address.host_header if self._relay.rewrite_host else authority,
-            request_id=self._request_id.encode(),
-            has_request_id=has_id,
-            forwarding=self._client.forwarding,
-            chunked=self._chunked,
-            te_trailers="trailers" in message.headers.get("te", "").lower(),
+        self._http10 = request.http10
+        self._chunked = request.chunked
+        self._body = request.body()
+        self._witness.open(
+            self._relay.recorder, self._method, request.target, request.headers, self._request_id, request.length
         )
-
-    def _frame_request(self) -> int | None:
-        """Sets how the request's body is framed (RFC 9112 §6.3); its length if that is known. Raises RequestFault."""
-        headers = self._message.headers
-        if "transfer-encoding" in headers:
-            if self._message.version == HttpVersion10:
-                raise RequestFault("Transfer-Encoding is not allowed in HTTP/1.0")
-            if [value.lower() for value in headers.getall("transfer-encoding")] != ["chunked"]:
-                raise RequestFault("only the chunked transfer encoding is supported", HTTPStatus.NOT_IMPLEMENTED)
-            self._chunked = True
-            self._body = ChunkedBody()
-            return None
-        length = int(headers.get("content-length", 0))
-        if length:
-            self._body = LengthBody(length)
-        return length
+        self._request_head = request.head(self._request_id)
 
     async def _pass_on(self) -> None:
         first = await self._first_request_bytes()
         if self._body.done:
             self._request_read()
-        upstream, message = await self._send(first)
-        await self._answer(upstream, message)
+        upstream, response = await self._send(first)
+        await self._answer(upstream, response)
 
     async def _first_request_bytes(self) -> bytes:
         """What has come of the request's body, framed for the model server; sent in one piece with the head."""
@@ -176,7 +143,7 @@ class Exchange:
         self._client.unread(self._body.rest)
         self._witness.request_complete()
 
-    async def _send(self, first: bytes) -> tuple[UpstreamConnection, ResponseHead]:
+    async def _send(self, first: bytes) -> tuple[UpstreamConnection, Response]:
         """Sends the request, once more where a pooled connection was dead already; the head of the answer."""
         pool = self._relay.pool
         replayable = self._body.done and len(first) <= _REPLAYABLE_BYTES
@@ -185,14 +152,14 @@ class Exchange:
         sent_at = self._relay.loop.time()
         self._write_request(upstream, first)
         try:
-            return upstream, await self._response_message(upstream)
+            return upstream, await self._response(upstream)
         except UpstreamLost:
             late = self._relay.loop.time() - sent_at > STALE_SECONDS
             if pooled is None or pooled.answering or late or not replayable:
                 raise
         self._upstream = upstream = await pool.connect()
         self._write_request(upstream, first)
-        return upstream, await self._response_message(upstream)
+        return upstream, await self._response(upstream)
 
     def _write_request(self, upstream: UpstreamConnection, first: bytes) -> None:
         if len(first) <= _ONE_WRITE_BYTES:  # a system call costs more than this copy
@@ -216,46 +183,30 @@ class Exchange:
 
     # --- the response ---
 
-    async def _response_message(self, upstream: UpstreamConnection) -> ResponseHead:
-        """The head of the final answer; interim ones (RFC 9110 §15.2) are passed on. Raises Fault."""
+    async def _response(self, upstream: UpstreamConnection) -> Response:
+        """The head of the final answer; interim ones are passed on. Raises Fault."""
         while True:
-            message = await upstream.receive_response_head()
-            if message.code >= 200:
-                return message
-            if message.code == HTTPStatus.SWITCHING_PROTOCOLS:
+            response = await upstream.receive_response()
+            if response.status >= 200:
+                return response
+            if response.status == HTTPStatus.SWITCHING_PROTOCOLS:
                 raise UpstreamInvalid("the model server switched protocols without being asked to")
-            if self._message.version != HttpVersion10:
-                self._client.write(
-                    response_head(
-                        _status_line(message),
-                        message.raw_headers,
-                        dropped=connection_options(message.headers.getall("connection", ())) | _NOT_INTERIM,
-                        request_id=None,
-                        chunked=False,
-                        connection=None,
-                    )
-                )
+            if not self._http10:
+                self._client.write(response.interim_head())
                 await self._client.drain()
 
-    async def _answer(self, upstream: UpstreamConnection, message: ResponseHead) -> None:
+    async def _answer(self, upstream: UpstreamConnection, response: Response) -> None:
         """Passes the answer on, piece by piece as it comes, and its end when it is recorded."""
         client = self._client
         self._relay.upstream_answered()
-        body = upstream.decoder(message, self._method)
+        body = response.body(self._method)
         until_close = isinstance(body, CloseBody)
-        chunked = isinstance(body, ChunkedBody) and self._message.version != HttpVersion10
-        if until_close or (isinstance(body, ChunkedBody) and not chunked) or not self._request_passed or client.closing:
+        chunked_body = isinstance(body, ChunkedBody)
+        chunked = chunked_body and not self._http10
+        if until_close or chunked_body is not chunked or not self._request_passed or client.closing:
             self._keep_alive = False
-        head = response_head(
-            _status_line(message),
-            message.raw_headers,
-            dropped=connection_options(message.headers.getall("connection", ())),
-            request_id=self._request_id.encode(),
-            chunked=chunked,
-            connection=self._connection_header(),
-        )
-        sized = not (until_close or isinstance(body, ChunkedBody))
-        self._witness.response_head(message.code, message.headers, sized)
+        head = response.head(self._request_id, chunked=chunked, connection=self._connection_header())
+        self._witness.response_head(response.status, response.headers, not (until_close or chunked_body))
 
         # What is whole when its head is goes out whole, once it is recorded: the client could do nothing with a part of it.
         ready = head
@@ -281,7 +232,7 @@ class Exchange:
         await self._hold()
         self._response_begun = True
         client.write(ready + last_chunk(allowed_trailers(body.trailers)) if chunked else ready)
-        self._release(upstream, message, body)
+        self._release(upstream, response, body)
         await client.drain()
 
     async def _response_piece(self, body: BodyDecoder, chunked: bool, data: bytes) -> bytes:
@@ -302,15 +253,17 @@ class Exchange:
         if held is not None:
             await held
 
-    def _release(self, upstream: UpstreamConnection, message: ResponseHead, body: BodyDecoder) -> None:
+    def _release(self, upstream: UpstreamConnection, response: Response, body: BodyDecoder) -> None:
         """Gives the upstream connection back if it is fit for another exchange."""
         self._upstream = None
-        # A server that wrongly sends a body with these would have it taken for its next answer.
-        headers = message.headers
-        bodyless = self._method == "HEAD" or (
-            message.code in (204, 304) and ("content-length" in headers or "transfer-encoding" in headers)
-        )
-        if message.should_close or isinstance(body, CloseBody) or not self._request_passed or body.rest or bodyless:
+        if (
+            response.last
+            or isinstance(body, CloseBody)
+            or not self._request_passed
+            or body.rest
+            or self._method == "HEAD"  # of which some servers send the body
+            or response.may_have_wrong_body
+        ):
             upstream.close()
         else:
             self._relay.pool.give_back(upstream)
@@ -318,7 +271,7 @@ class Exchange:
     def _connection_header(self) -> bytes | None:
         if not self._keep_alive:
             return b"close"
-        return b"keep-alive" if self._message.version == HttpVersion10 else None
+        return b"keep-alive" if self._http10 else None
 
     # --- what goes wrong ---
 
@@ -357,13 +310,3 @@ def fault_answer(status: int, message: str, request_id: str, *, head_only: bool 
         + "Connection: close\r\n\r\n"
     )
     return head.encode(), b"" if head_only else body
-
-
-def _status_line(message: ResponseHead) -> bytes:
-    key = (message.code, message.reason)
-    line = _STATUS_LINES.get(key)
-    if line is None:
-        line = b"HTTP/1.1 %d %b" % (message.code, message.reason.encode("utf-8", "surrogateescape"))
-        if len(_STATUS_LINES) < 1000:  # reasons are the server's to choose
-            _STATUS_LINES[key] = line
-    return line

@@ -143,17 +143,17 @@ def request_head(
     dropped: frozenset[bytes],
     host: bytes,
     set_host: bytes | None,
-    request_id: bytes,
     has_request_id: bool,
     forwarding: Forwarding,
     chunked: bool,
     te_trailers: bool,
-) -> bytes:
-    """The head that goes to the model server.
+) -> tuple[bytes, bytes]:
+    """The head that goes to the model server: what stands before and behind the id that we give the request.
 
-    ``dropped`` are the client's connection options; ``set_host`` takes the place of the client's Host, and
-    ``request_id`` that of its x-request-id unless ``has_request_id`` says that the client's own is good.
+    ``dropped`` are the client's connection options; ``set_host`` takes the place of the client's Host. With
+    ``has_request_id`` the client's own id is good, and nothing stands behind it: the first part is the whole head.
     """
+    before = b""
     skipped = forwarding.skipped[chunked]
     parts = [method, b" ", target, b" HTTP/1.1\r\n"]
     sent: list[tuple[bytes, bytes]] = []
@@ -174,12 +174,14 @@ def request_head(
     if client_host is None:  # HTTP/1.0
         parts += (b"Host: ", set_host or host, _END)
     if not has_request_id:
-        parts += (b"x-request-id: ", request_id, _END)
+        parts.append(b"x-request-id: ")
+        before = b"".join(parts)
+        parts = [_END]
     parts.append(forwarding.lines(sent, client_host or b""))
     if te_trailers:
         parts.append(b"TE: trailers\r\nConnection: TE\r\n")
     parts.append(b"Transfer-Encoding: chunked\r\n\r\n" if chunked else _END)
-    return b"".join(parts)
+    return (b"".join(parts), b"") if has_request_id else (before, b"".join(parts))
 
 
 def response_head(
@@ -187,28 +189,32 @@ def response_head(
     headers: RawHeaders,
     *,
     dropped: frozenset[bytes],
-    request_id: bytes | None,
+    with_request_id: bool,
     chunked: bool,
     connection: bytes | None,
-) -> bytes:
-    """The head that goes to the client. ``dropped`` are the model server's connection options.
+) -> tuple[bytes, bytes]:
+    """The head that goes to the client: what stands before and behind the request's id.
 
-    ``request_id`` is added unless the model server sent one itself (or it is None).
+    ``dropped`` are the model server's connection options. No id is added if the model server sent one itself, or
+    without ``with_request_id``: then nothing stands behind it, and the first part is the whole head.
     """
+    before = b""
     parts = [status_line, _END]
     for name, value in headers:
         lower = name.lower()
         if lower in HOP_BY_HOP or lower in dropped or (lower == b"trailer" and not chunked):
             continue
         if lower == b"x-request-id":
-            request_id = None
+            with_request_id = False
         parts += (name, b": ", value, _END)
-    if request_id is not None:
-        parts += (b"x-request-id: ", request_id, _END)
+    if with_request_id:
+        parts.append(b"x-request-id: ")
+        before = b"".join(parts)
+        parts = [_END]
     if connection is not None:
         parts += (b"Connection: ", connection, _END)
     parts.append(b"Transfer-Encoding: chunked\r\n\r\n" if chunked else _END)
-    return b"".join(parts)
+    return (before, b"".join(parts)) if with_request_id else (b"".join(parts), b"")
 
 
 def allowed_trailers(trailers: tuple[bytes, ...]) -> tuple[bytes, ...]:

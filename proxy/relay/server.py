@@ -10,12 +10,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, cast
 
-from proxy.relay.connection import Connection, HeadTooLong
+from proxy.relay.connection import KNOWN_HEAD_BYTES, Connection, HeadTooLong
 from proxy.relay.exchange import Exchange, fault_answer
 from proxy.relay.faults import Fault, RequestFault, UpstreamFault
 from proxy.relay.headers import Forwarding
 from proxy.relay.parsing import Limits, RequestHead, RequestParser
 from proxy.relay.recording import Recorder
+from proxy.relay.request import Request, Route
 from proxy.relay.upstream import Pool
 from proxy.settings import ForwardedHeaders
 
@@ -30,12 +31,27 @@ BACKLOG = 1024
 class Downstream(Connection):
     """A client's connection. Its task takes one request after the other; when the client goes, the task is cancelled."""
 
-    __slots__ = ("_parser", "_relay", "_task", "busy", "closing", "forwarding", "left", "quiet_since")
+    __slots__ = (
+        "_known",
+        "_known_head",
+        "_known_request",
+        "_parser",
+        "_relay",
+        "_task",
+        "busy",
+        "closing",
+        "forwarding",
+        "left",
+        "quiet_since",
+    )
 
     def __init__(self, relay: Relay) -> None:
         super().__init__(relay.loop)
         self._relay = relay
         self._parser = RequestParser(self, relay.loop, relay.limits)
+        self._known_head = b""  # the last one, and what it means: clients repeat themselves
+        self._known: RequestHead | None = None
+        self._known_request: Request | None = None
         self._task: asyncio.Task[None] | None = None
         self.forwarding: Forwarding
         self.busy = False
@@ -60,6 +76,13 @@ class Downstream(Connection):
         self._relay.connections.discard(self)
         if self._task is not None:
             self._task.cancel()
+
+    def request_of(self, head: RequestHead) -> Request:
+        """What the last head means. Raises RequestFault."""
+        request = self._known_request
+        if request is None:
+            self._known_request = request = Request(head, self.forwarding, self._relay.route)
+        return request
 
     def stop(self) -> None:
         """Takes no further request: closes now if idle, else after the exchange in flight."""
@@ -102,8 +125,13 @@ class Downstream(Connection):
         """The next request's head; None when there is none. What is no valid head is answered here."""
         try:
             while (head := await self.receive_head(self._relay.limits.max_head_bytes)) is not None:
+                if head == self._known_head:
+                    return self._known
                 if head := head.lstrip(b"\r\n"):  # RFC 9112 §2.2: empty lines before a request line are ignored
-                    return self._parser.parse(head)
+                    message = self._parser.parse(head)
+                    known = len(head) <= KNOWN_HEAD_BYTES
+                    self._known_head, self._known, self._known_request = head if known else b"", message, None
+                    return message
             return None
         except HeadTooLong as long:
             fault = (
@@ -154,7 +182,7 @@ class Relay:
         self.recorder = recorder
         self.limits = limits
         self.forwarded_headers = forwarded_headers
-        self.rewrite_host = rewrite_host
+        self.route = Route(pool.address.base_path, pool.address.host_header, rewrite_host=rewrite_host)
         self.connections: set[Downstream] = set()
         self.draining = False
         self.faults: Counter[int] = Counter()

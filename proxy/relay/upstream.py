@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from typing import cast
 from urllib.parse import urlsplit
 
-from aiohttp.http import HttpVersion10
-
-from proxy.relay.connection import Connection, HeadTooLong
+from proxy.relay.connection import KNOWN_HEAD_BYTES, Connection, HeadTooLong
 from proxy.relay.faults import UpstreamInvalid, UpstreamLost, UpstreamTimeout, UpstreamUnreachable
-from proxy.relay.framing import BodyDecoder, ChunkedBody, CloseBody, LengthBody
-from proxy.relay.parsing import Limits, ResponseHead, ResponseParser
+from proxy.relay.parsing import Limits, ResponseParser
+from proxy.relay.response import Response
 
 # A reused connection that dies within this time after a request went out, without a byte of answer, had been
 # closed by the server when it was idle. One that dies later was at work on the request: that is not sent twice.
@@ -54,7 +52,7 @@ class UpstreamAddress:
 class UpstreamConnection(Connection):
     """One connection to the model server, used for one exchange at a time."""
 
-    __slots__ = ("_limits", "_parser", "answering", "idle", "idle_since", "on_lost")
+    __slots__ = ("_known", "_known_head", "_limits", "_parser", "answering", "idle", "idle_since", "on_lost")
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, limits: Limits, on_lost: Callable[[UpstreamConnection], None]
@@ -62,6 +60,8 @@ class UpstreamConnection(Connection):
         super().__init__(loop)
         self._limits = limits
         self._parser = ResponseParser(self, loop, limits)
+        self._known_head = b""  # the last one, and what it means: servers repeat themselves
+        self._known: Response | None = None
         self.idle = False
         self.idle_since = 0.0
         self.answering = False  # whether a byte of the answer has come
@@ -78,32 +78,20 @@ class UpstreamConnection(Connection):
         super().connection_lost(exc)
         self.on_lost(self)
 
-    async def receive_response_head(self) -> ResponseHead:
-        """The next head of an answer, 1xx ones included. Raises UpstreamFault."""
+    async def receive_response(self) -> Response:
+        """The next head of an answer, interim ones included. Raises UpstreamFault."""
         try:
             head = await self.receive_head(self._limits.max_head_bytes)
         except HeadTooLong:
             raise UpstreamInvalid("the model server's response head is too long") from None
         if head is None:
             raise UpstreamLost("the model server closed the connection before its response head was complete")
-        return self._parser.parse(head)
-
-    def decoder(self, message: ResponseHead, method: str) -> BodyDecoder:
-        """How the body of this answer is framed (RFC 9112 §6.3). Raises UpstreamInvalid."""
-        headers = message.headers
-        encoding = headers.getall("transfer-encoding", None)
-        if encoding is not None and [one.lower() for one in encoding] != ["chunked"]:
-            raise UpstreamInvalid("the model server's transfer encoding is not supported")
-        if encoding is not None and message.version == HttpVersion10:
-            raise UpstreamInvalid("the model server used a transfer encoding in HTTP/1.0")
-        length = headers.get("content-length")
-        if method == "HEAD" or message.code < 200 or message.code in (204, 304):
-            return LengthBody(0)
-        if encoding is not None:
-            return ChunkedBody()
-        if length is not None:
-            return LengthBody(int(length))
-        return CloseBody()
+        if head == self._known_head and self._known is not None:
+            return self._known
+        response = Response(self._parser.parse(head))
+        if len(head) <= KNOWN_HEAD_BYTES:
+            self._known_head, self._known = head, response
+        return response
 
 
 class Pool:

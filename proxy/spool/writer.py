@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import queue
 import threading
 import time
 from collections import deque
@@ -20,6 +19,7 @@ from typing import Any, Protocol
 
 from proxy.ledger import Discard, Ledger
 from proxy.settings import Durability, WhenFull
+from proxy.spool.bell import Bell
 from proxy.spool.files import Files, SpoolFull
 
 logger = logging.getLogger("payload_logger.spool")
@@ -90,6 +90,7 @@ class _Room:
         return self.spool.wait_for_room(self.body).__await__()
 
 
+_Group = tuple[list[tuple["Entry", "asyncio.Future[None] | None"]], int]
 _Job = tuple[Entry, "asyncio.Future[None] | None"] | Callable[[], int] | None
 
 
@@ -115,8 +116,11 @@ class Spool:
         self._rejects = when_full is WhenFull.REJECT
         self._max_hold_seconds = max_hold_seconds
         self._jobs: deque[_Job] = deque()
-        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._for_thread = Bell()
+        self._for_loop = Bell()
+        self._groups: deque[_Group] = deque()  # written, and not yet told of
         self._waking = False
+        self._abandoned = False
         self._worker = threading.Thread(target=self._run, name="spool-writer", daemon=True)
         self._closed: asyncio.Future[None] = loop.create_future()
         self._held: deque[tuple[float, asyncio.Future[None]]] = deque()
@@ -132,6 +136,7 @@ class Spool:
         self._behind = False
 
     def start(self) -> None:
+        self._loop.add_reader(self._for_loop.fileno(), self._collect)
         self._worker.start()
 
     async def close(self, timeout_seconds: float = 10.0) -> None:
@@ -141,8 +146,13 @@ class Spool:
             async with asyncio.timeout(timeout_seconds):
                 await self._closed
         except TimeoutError:
+            self._abandoned = True
             pending = self.ledger.settle()
             logger.error("The disk did not answer within %g s; %d events were not recorded.", timeout_seconds, pending)
+        self._loop.remove_reader(self._for_loop.fileno())
+        self._take_groups()
+        if not self._abandoned:
+            self._close_bells()
         if self._hold_timer is not None:
             self._hold_timer.cancel()
         while self._held:
@@ -214,7 +224,7 @@ class Spool:
 
     def _wake_thread(self) -> None:
         self._waking = False
-        self._wake.put(None)
+        self._for_thread.ring()
 
     def _refuse(self, entry: Entry) -> None:
         self.ledger.discard(Discard.MEMORY_FULL, entry.events)
@@ -246,9 +256,27 @@ class Spool:
         if released:
             self.ledger.release_unheld(released)
 
-    def _written(self, done: list[tuple[Entry, asyncio.Future[None] | None]], spilled_bytes: int) -> None:
+    def _ended(self) -> None:
+        _set_done(self._closed)
+        if self._abandoned:
+            self._close_bells()
+
+    def _close_bells(self) -> None:
+        self._for_thread.close()
+        self._for_loop.close()
+
+    def _collect(self) -> None:
+        self._for_loop.sleep()
+        self._take_groups()
+
+    def _take_groups(self) -> None:
+        while self._groups:
+            group, spilled = self._groups.popleft()
+            self._written(group, spilled)
+
+    def _written(self, group: list[tuple[Entry, asyncio.Future[None] | None]], spilled_bytes: int) -> None:
         """A group is written, or discarded and counted."""
-        for entry, future in done:
+        for entry, future in group:
             self.memory.held_bytes -= entry.held_bytes + ENTRY_BYTES
             if future is not None:
                 _set_done(future)
@@ -266,14 +294,17 @@ class Spool:
     def _run(self) -> None:
         stopping = False
         while not stopping:
-            self._wake.get()
+            self._for_thread.sleep()
             while self._jobs and not stopping:
                 stopping = self._write_group()
         try:
             self.files.close()
         except OSError as error:
             logger.error("The spool's files could not be closed: %s.", error)
-        self._tell(_set_done, self._closed)
+        try:
+            self._loop.call_soon_threadsafe(self._ended)
+        except RuntimeError:  # the loop was closed without waiting for a disk that hung
+            self._close_bells()
 
     def _write_group(self) -> bool:
         """Takes what waits, up to a limit; whether the thread is to end."""
@@ -295,7 +326,8 @@ class Spool:
             self._append(lines)
         except Exception:
             logger.exception("A group could not be written whole, by a defect of payload-logger; the thread goes on.")
-        self._tell(self._written, group, spilled)
+        self._groups.append((group, spilled))
+        self._for_loop.ring()
         return stopping
 
     def _do(self, job: Callable[[], int]) -> int:
@@ -304,12 +336,6 @@ class Spool:
         except Exception:
             logger.exception("A piece of a body could not be kept, by a defect of payload-logger.")
             return 0
-
-    def _tell(self, function: Callable[..., None], *arguments: object) -> None:
-        try:
-            self._loop.call_soon_threadsafe(function, *arguments)
-        except RuntimeError:  # the loop was closed without waiting for a disk that hung
-            return
 
     def _render(self, entry: Entry, lines: dict[str, list[bytes]]) -> int:
         size = 0

@@ -34,14 +34,14 @@ def request(headers: Headers, *, forwarding: Forwarding = OFF, **changes: object
         "dropped": options(headers),
         "host": b"model:5001",
         "set_host": None,
-        "request_id": b"id-1",
         "has_request_id": True,
         "forwarding": forwarding,
         "chunked": False,
         "te_trailers": False,
         **changes,
     }
-    head = request_head(b"POST", b"/score", headers, **arguments)  # type: ignore[arg-type]
+    before, after = request_head(b"POST", b"/score", headers, **arguments)  # type: ignore[arg-type]
+    head = before + b"id-1" + after if after else before
     lines = head.split(b"\r\n")
     assert lines[0] == b"POST /score HTTP/1.1"
     assert lines[-2:] == [b"", b""]
@@ -50,9 +50,15 @@ def request(headers: Headers, *, forwarding: Forwarding = OFF, **changes: object
 
 def response(headers: Headers, *, request_id: bytes | None = None, chunked: bool = False) -> list[bytes]:
     """The lines of the head that goes to the client."""
-    head = response_head(
-        b"HTTP/1.1 200 OK", headers, dropped=options(headers), request_id=request_id, chunked=chunked, connection=None
+    before, after = response_head(
+        b"HTTP/1.1 200 OK",
+        headers,
+        dropped=options(headers),
+        with_request_id=request_id is not None,
+        chunked=chunked,
+        connection=None,
     )
+    head = before + request_id + after if request_id and after else before
     lines = head.split(b"\r\n")
     assert lines[0] == b"HTTP/1.1 200 OK"
     assert lines[-2:] == [b"", b""]

@@ -1,0 +1,84 @@
+"""What a request's head means for its way to the model server."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+
+from aiohttp.http import HttpVersion10, HttpVersion11
+from multidict import CIMultiDictProxy
+
+from proxy.relay.faults import RequestFault
+from proxy.relay.framing import BodyDecoder, ChunkedBody, LengthBody
+from proxy.relay.headers import Forwarding, connection_options, origin_form, request_head, valid_request_id
+from proxy.relay.parsing import RequestHead
+
+_VERSIONS = (HttpVersion11, HttpVersion10)
+
+
+class Route:
+    """Where requests go: ``base_path`` without its last slash, ``host`` for the Host header."""
+
+    __slots__ = ("base_path", "host", "rewrite_host")
+
+    def __init__(self, base_path: bytes, host: bytes, *, rewrite_host: bool) -> None:
+        self.base_path = base_path
+        self.host = host
+        self.rewrite_host = rewrite_host
+
+
+class Request:
+    """A checked request. It follows from the bytes of the head, the client and the route alone, and is never changed.
+
+    ``length`` is the body's in bytes; None: not known in advance. ``client_id`` is the x-request-id that the client sent,
+    if it is valid.
+    """
+
+    __slots__ = ("_after_id", "_before_id", "chunked", "client_id", "headers", "http10", "length", "method", "target")
+
+    def __init__(self, head: RequestHead, forwarding: Forwarding, route: Route) -> None:
+        """Raises RequestFault."""
+        headers = head.headers
+        if head.version not in _VERSIONS:
+            raise RequestFault("only HTTP/1.1 and HTTP/1.0 are spoken", HTTPStatus.HTTP_VERSION_NOT_SUPPORTED)
+        self.method: str = head.method
+        self.target: str = head.path
+        self.headers: CIMultiDictProxy[str] = headers
+        self.http10: bool = head.version == HttpVersion10
+        self.chunked = "transfer-encoding" in headers
+        self.length = self._length()
+        incoming = headers.get("x-request-id")
+        valid = incoming is not None and valid_request_id(incoming.encode("utf-8", "surrogateescape"))
+        self.client_id = incoming if valid else None
+        target, authority = origin_form(self.target.encode("utf-8", "surrogateescape"), route.base_path)
+        self._before_id, self._after_id = request_head(
+            self.method.encode(),
+            target,
+            head.raw_headers,
+            dropped=connection_options(headers.getall("connection", ())),
+            host=route.host,
+            set_host=route.host if route.rewrite_host else authority,
+            has_request_id=valid,
+            forwarding=forwarding,
+            chunked=self.chunked,
+            te_trailers="trailers" in headers.get("te", "").lower(),
+        )
+
+    def _length(self) -> int | None:
+        """RFC 9112 §6.3."""
+        if not self.chunked:
+            return int(self.headers.get("content-length", 0))
+        if self.http10:
+            raise RequestFault("Transfer-Encoding is not allowed in HTTP/1.0")
+        if [value.lower() for value in self.headers.getall("transfer-encoding")] != ["chunked"]:
+            raise RequestFault("only the chunked transfer encoding is supported", HTTPStatus.NOT_IMPLEMENTED)
+        return None
+
+    def body(self) -> BodyDecoder:
+        """Reads this request's body."""
+        return ChunkedBody() if self.length is None else LengthBody(self.length)
+
+    def head(self, request_id: str) -> bytes:
+        """The head for the model server."""
+        if not self._after_id:
+            return self._before_id
+        return self._before_id + request_id.encode() + self._after_id
