@@ -22,6 +22,14 @@ local file = io.open("{body}", "rb")
 wrk.body = file:read("*a")
 file:close()
 """
+_CHANGING = """
+local number = 0
+request = function()
+  number = number + 1
+  wrk.headers["X-Trace"] = "trace-" .. number
+  return wrk.format()
+end
+"""
 
 
 @dataclass(frozen=True)
@@ -63,11 +71,19 @@ def rss_bytes(process: psutil.Process) -> int:
 
 
 def wrk(
-    folder: Path, process: psutil.Process, url: str, body: Path, *, connections: int, seconds: float, content_type: str
+    folder: Path,
+    process: psutil.Process,
+    url: str,
+    body: Path,
+    *,
+    connections: int,
+    seconds: float,
+    content_type: str,
+    changing: bool = False,
 ) -> Load:
-    """Runs wrk for ``seconds`` after a short warm-up."""
+    """Runs wrk for ``seconds`` after a short warm-up; ``changing`` gives each request a header of its own."""
     script = folder / "post.lua"
-    script.write_text(_SCRIPT.format(content_type=content_type, body=body))
+    script.write_text(_SCRIPT.format(content_type=content_type, body=body) + (_CHANGING if changing else ""))
     command = [
         "taskset",
         "-c",
@@ -114,7 +130,8 @@ def stream_delays_ms(port: int, events: int, interval_seconds: float) -> list[fl
     """How much later than the interval each event of a server-sent stream came after the one before, in ms."""
     with socket.create_connection(("127.0.0.1", port)) as sock:
         query = f"tokens={events}&delay={interval_seconds}"
-        sock.sendall(f"GET /stream?{query} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        sock.settimeout(10)
+        sock.sendall(f"GET /stream?{query} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode())
         arrivals: list[float] = []
         buffer = b""
         while b"[DONE]" not in buffer:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).parent
+COMPILED = HERE.parent / "build" / "compiled"  # what ``make compiled`` makes
 BIN = Path(sys.executable).parent
 
 
@@ -171,14 +172,16 @@ def _naive(_folder: Path, port: int, upstream_port: int) -> list[str]:
 
 OURS = "payload-logger"
 OURS_OFF = "payload-logger, recording nothing"
+OURS_PURE = "payload-logger, not compiled"
 ENVOY = "Envoy"
 ENVOY_TAP = "Envoy with tap"
 CADDY = "Caddy"
 MITMDUMP = "mitmdump -w"
 
 PEERS = (
-    Peer(OURS, None, _ours(collections=True), records=True),
-    Peer(OURS_OFF, None, _ours(collections=False)),
+    Peer(OURS, None, _ours(collections=True), environment={"PYTHONPATH": str(COMPILED)}, records=True),
+    Peer(OURS_OFF, None, _ours(collections=False), environment={"PYTHONPATH": str(COMPILED)}),
+    Peer(OURS_PURE, None, _ours(collections=True), environment={"PYTHONPATH": str(HERE.parent)}, records=True),
     Peer(ENVOY_TAP, "envoy", _envoy(tap=True), ("envoy", "--version"), records=True),
     Peer(ENVOY, "envoy", _envoy(tap=False), ("envoy", "--version")),
     Peer("nginx, request bodies in its log", "nginx", _nginx, ("nginx", "-v"), records=True),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 _BATCH = 256
-_VARIANT = "89ab" * 4
+_VARIANT = {f"{digit:x}": "89ab"[digit % 4] for digit in range(16)}
 _pool: list[str] = []
 
 
@@ -17,7 +17,7 @@ def uuid4() -> str:
         block = os.urandom(16 * _BATCH).hex()
         _pool.extend(block[start : start + 32] for start in range(32, 32 * _BATCH, 32))
         digits = block[:32]
-    variant = _VARIANT[int(digits[16], 16)]
+    variant = _VARIANT[digits[16]]
     return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
 
 
