@@ -44,10 +44,7 @@ $(VENV)/.installed-test: $(VENV)/.installed pyproject.toml
 	$(BIN)/python -m pip install --quiet --group test
 	@touch $@
 
-$(VENV)/.installed-test-compiled: $(COMPILED)/.made     # the same tests on the compiled modules, in a copy of the project
-	cd $(COMPILED) && PYTHONPATH=. EXPECT_COMPILED=1 $(abspath $(BIN))/python -m pytest $(ARGS)
-
-check: $(VENV)/.installed pyproject.toml
+$(VENV)/.installed-check: $(VENV)/.installed pyproject.toml
 	$(BIN)/python -m pip install --quiet --group check
 	@touch $@
 

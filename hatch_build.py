@@ -19,7 +19,6 @@ ROOT = Path(__file__).parent
 COMPILED = (
     "capture/body.py",
     "capture/event.py",
-    "capture/payload.py",
     "capture/policy.py",
     "capture/recorder.py",
     "ids.py",

@@ -57,6 +57,16 @@ def body_file(folder: Path, size: int, *, json_body: bool) -> Path:
     return path
 
 
+def warm_page_cache(folder: Path) -> None:
+    """Makes the kernel hold as much memory as is going to be written: a virtual machine gets new memory from its host at a
+    tenth of the speed (here 0.3 GB/s, and 4 GB/s the second time)."""
+    path, piece = folder / "warm", bytes(2**20)
+    with path.open("wb") as file:
+        for _ in range(3 * 1024):
+            file.write(piece)
+    path.unlink()
+
+
 def cpu_seconds(process: psutil.Process) -> float:
     """User and system time so far, of the process and its children."""
     total = 0.0

@@ -150,6 +150,8 @@ class Bench:
             self._add("64 KiB JSON both ways, requests/s", peer, load.requests_per_second)
             self._add("64 KiB JSON both ways, CPU µs/request", peer, load.cpu_us)
         body = measure.body_file(self._folder, LARGE, json_body=False)
+        if peer.records:
+            measure.warm_page_cache(self._folder)
         with sink() as port, self._running(peer, port) as (running, url, folder):
             load = measure.wrk(
                 folder,

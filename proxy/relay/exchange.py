@@ -15,12 +15,12 @@ from aiohttp.http import HttpVersion10, HttpVersion11
 
 from proxy import ids
 from proxy.relay.faults import Fault, RequestFault, UpstreamFault, UpstreamInvalid, UpstreamLost
-from proxy.relay.framing import BodyDecoder, ChunkedBody, CloseBody, FramingError, LengthBody, chunk, last_chunk
+from proxy.relay.framing import BodyDecoder, ChunkedBody, CloseBody, FramingError, chunk, last_chunk
 from proxy.relay.headers import (
     allowed_trailers,
 )
-from proxy.relay.parsing import RequestHead
 from proxy.relay.recording import Ending, Witness
+from proxy.relay.request import Request
 from proxy.relay.response import Response
 from proxy.relay.upstream import STALE_SECONDS, UpstreamConnection
 
@@ -40,13 +40,10 @@ class Exchange:
 
     __slots__ = (
         "_body",
-        "_chunked",
         "_client",
-        "_http10",
         "_keep_alive",
-        "_message",
-        "_method",
         "_relay",
+        "_request",
         "_request_head",
         "_request_id",
         "_request_passed",
@@ -56,21 +53,18 @@ class Exchange:
         "_witness",
     )
 
-    def __init__(self, relay: Relay, client: Downstream, message: RequestHead) -> None:
+    def __init__(self, relay: Relay, client: Downstream, request: Request) -> None:
         self._relay = relay
         self._client = client
-        self._message = message
-        self._method: str = message.method
-        self._keep_alive = not message.should_close
+        self._request = request
+        self._request_id = request.client_id or ids.uuid4()
+        self._keep_alive = not request.last
         self._witness = Witness(relay.recording_failed)
         self._upstream: UpstreamConnection | None = None
         self._upload: asyncio.Task[None] | None = None
         self._response_begun = False
-        self._chunked = False
-        self._http10 = False
-        self._body: BodyDecoder = LengthBody(0)
+        self._body = request.body()
         self._request_head = b""
-        self._request_id = ""
         self._request_passed = False  # the model server's connection has all of it, and nothing else of this client
 
     async def run(self) -> bool:
@@ -96,16 +90,12 @@ class Exchange:
     # --- the request ---
 
     def _open(self) -> None:
-        """Checks the request, opens its recording, writes the head for the model server."""
-        request = self._client.request_of(self._message)
-        self._request_id = request.client_id or ids.uuid4()
-        if self._method in ("CONNECT", "TRACE"):
-            raise RequestFault(f"{self._method} is not passed on", HTTPStatus.METHOD_NOT_ALLOWED)
-        self._http10 = request.http10
-        self._chunked = request.chunked
-        self._body = request.body()
+        """Opens the recording, writes the head for the model server. Raises Fault."""
+        request = self._request
+        if request.method in ("CONNECT", "TRACE"):
+            raise RequestFault(f"{request.method} is not passed on", HTTPStatus.METHOD_NOT_ALLOWED)
         self._witness.open(
-            self._relay.recorder, self._method, request.target, request.headers, self._request_id, request.length
+            self._relay.recorder, request.method, request.target, request.headers, self._request_id, request.length
         )
         self._request_head = request.head(self._request_id)
 
@@ -133,7 +123,7 @@ class Exchange:
             wait = self._witness.request_piece(payload)
             if wait is not None:
                 await wait
-        if not self._chunked:
+        if not self._request.chunked:
             return payload
         framed = chunk(payload) if payload else b""
         return framed + last_chunk(allowed_trailers(body.trailers)) if body.done else framed
@@ -191,7 +181,7 @@ class Exchange:
                 return response
             if response.status == HTTPStatus.SWITCHING_PROTOCOLS:
                 raise UpstreamInvalid("the model server switched protocols without being asked to")
-            if not self._http10:
+            if not self._request.http10:
                 self._client.write(response.interim_head())
                 await self._client.drain()
 
@@ -199,10 +189,10 @@ class Exchange:
         """Passes the answer on, piece by piece as it comes, and its end when it is recorded."""
         client = self._client
         self._relay.upstream_answered()
-        body = response.body(self._method)
+        body = response.body(self._request.method)
         until_close = isinstance(body, CloseBody)
         chunked_body = isinstance(body, ChunkedBody)
-        chunked = chunked_body and not self._http10
+        chunked = chunked_body and not self._request.http10
         if until_close or chunked_body is not chunked or not self._request_passed or client.closing:
             self._keep_alive = False
         head = response.head(self._request_id, chunked=chunked, connection=self._connection_header())
@@ -261,7 +251,7 @@ class Exchange:
             or isinstance(body, CloseBody)
             or not self._request_passed
             or body.rest
-            or self._method == "HEAD"  # of which some servers send the body
+            or self._request.method == "HEAD"  # of which some servers send the body
             or response.may_have_wrong_body
         ):
             upstream.close()
@@ -271,7 +261,7 @@ class Exchange:
     def _connection_header(self) -> bytes | None:
         if not self._keep_alive:
             return b"close"
-        return b"keep-alive" if self._http10 else None
+        return b"keep-alive" if self._request.http10 else None
 
     # --- what goes wrong ---
 
@@ -283,7 +273,7 @@ class Exchange:
             self._witness.finish(ending)
             self._client.abort()
             return
-        head, body = fault_answer(fault.status, str(fault), self._request_id, head_only=self._method == "HEAD")
+        head, body = fault_answer(fault.status, str(fault), self._request_id, head_only=self._request.method == "HEAD")
         self._witness.response_head(fault.status, None, True)
         self._witness.response_piece(body)
         held = self._witness.finish(ending)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from http import HTTPStatus
 
 from aiohttp.http import HttpVersion10, HttpVersion11
@@ -15,15 +16,13 @@ from proxy.relay.parsing import RequestHead
 _VERSIONS = (HttpVersion11, HttpVersion10)
 
 
+@dataclass(frozen=True, slots=True)
 class Route:
     """Where requests go: ``base_path`` without its last slash, ``host`` for the Host header."""
 
-    __slots__ = ("base_path", "host", "rewrite_host")
-
-    def __init__(self, base_path: bytes, host: bytes, *, rewrite_host: bool) -> None:
-        self.base_path = base_path
-        self.host = host
-        self.rewrite_host = rewrite_host
+    base_path: bytes
+    host: bytes
+    rewrite_host: bool
 
 
 class Request:
@@ -33,7 +32,18 @@ class Request:
     if it is valid.
     """
 
-    __slots__ = ("_after_id", "_before_id", "chunked", "client_id", "headers", "http10", "length", "method", "target")
+    __slots__ = (
+        "_after_id",
+        "_before_id",
+        "chunked",
+        "client_id",
+        "headers",
+        "http10",
+        "last",
+        "length",
+        "method",
+        "target",
+    )
 
     def __init__(self, head: RequestHead, forwarding: Forwarding, route: Route) -> None:
         """Raises RequestFault."""
@@ -43,6 +53,7 @@ class Request:
         self.method: str = head.method
         self.target: str = head.path
         self.headers: CIMultiDictProxy[str] = headers
+        self.last: bool = head.should_close  # on its connection
         self.http10: bool = head.version == HttpVersion10
         self.chunked = "transfer-encoding" in headers
         self.length = self._length()

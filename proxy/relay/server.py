@@ -14,7 +14,7 @@ from proxy.relay.connection import KNOWN_HEAD_BYTES, Connection, HeadTooLong
 from proxy.relay.exchange import Exchange, fault_answer
 from proxy.relay.faults import Fault, RequestFault, UpstreamFault
 from proxy.relay.headers import Forwarding
-from proxy.relay.parsing import Limits, RequestHead, RequestParser
+from proxy.relay.parsing import Limits, RequestParser
 from proxy.relay.recording import Recorder
 from proxy.relay.request import Request, Route
 from proxy.relay.upstream import Pool
@@ -34,7 +34,6 @@ class Downstream(Connection):
     __slots__ = (
         "_known",
         "_known_head",
-        "_known_request",
         "_parser",
         "_relay",
         "_task",
@@ -50,8 +49,7 @@ class Downstream(Connection):
         self._relay = relay
         self._parser = RequestParser(self, relay.loop, relay.limits)
         self._known_head = b""  # the last one, and what it means: clients repeat themselves
-        self._known: RequestHead | None = None
-        self._known_request: Request | None = None
+        self._known: Request | None = None
         self._task: asyncio.Task[None] | None = None
         self.forwarding: Forwarding
         self.busy = False
@@ -77,13 +75,6 @@ class Downstream(Connection):
         if self._task is not None:
             self._task.cancel()
 
-    def request_of(self, head: RequestHead) -> Request:
-        """What the last head means. Raises RequestFault."""
-        request = self._known_request
-        if request is None:
-            self._known_request = request = Request(head, self.forwarding, self._relay.route)
-        return request
-
     def stop(self) -> None:
         """Takes no further request: closes now if idle, else after the exchange in flight."""
         self.closing = True
@@ -100,11 +91,11 @@ class Downstream(Connection):
     async def _serve(self) -> None:
         try:
             while True:
-                message = await self._receive_request()
-                if message is None:
+                request = await self._receive_request()
+                if request is None:
                     break
                 self.busy = True
-                if not await Exchange(self._relay, self, message).run() or self.closing:
+                if not await Exchange(self._relay, self, request).run() or self.closing:
                     await self._linger()
                     break
                 self.busy = False
@@ -121,17 +112,18 @@ class Downstream(Connection):
             self.close()
             self._task = None
 
-    async def _receive_request(self) -> RequestHead | None:
-        """The next request's head; None when there is none. What is no valid head is answered here."""
+    async def _receive_request(self) -> Request | None:
+        """The next request; None when there is none. What is not valid is answered here."""
+        head: bytes | None = b""
         try:
             while (head := await self.receive_head(self._relay.limits.max_head_bytes)) is not None:
                 if head == self._known_head:
                     return self._known
                 if head := head.lstrip(b"\r\n"):  # RFC 9112 §2.2: empty lines before a request line are ignored
-                    message = self._parser.parse(head)
-                    known = len(head) <= KNOWN_HEAD_BYTES
-                    self._known_head, self._known, self._known_request = head if known else b"", message, None
-                    return message
+                    request = Request(self._parser.parse(head), self.forwarding, self._relay.route)
+                    if len(head) <= KNOWN_HEAD_BYTES:
+                        self._known_head, self._known = head, request
+                    return request
             return None
         except HeadTooLong as long:
             fault = (
@@ -142,7 +134,9 @@ class Downstream(Connection):
         except RequestFault as refused:
             fault = refused
         self._relay.count_fault(fault)
-        answer, body = fault_answer(fault.status, str(fault), "")
+        answer, body = fault_answer(
+            fault.status, str(fault), "", head_only=head is not None and head.startswith(b"HEAD ")
+        )
         self.write(answer + body)
         await self._linger()
         return None
