@@ -13,6 +13,7 @@ from proxy.capture.decoding import Undecodable, codings, decoded
 from proxy.capture.event import LineFormat, content_range, header_fields, json_string, source, timestamp
 from proxy.capture.payload import Kind, claim, embedded
 from proxy.capture.policy import Policy
+from proxy.ledger import Discard
 from proxy.relay.faults import RecordingRefused
 from proxy.relay.recording import CLIENT_CLOSED_REQUEST, Ending
 from proxy.settings import REQUEST, RESPONSE, Settings
@@ -151,6 +152,15 @@ class ExchangeRecording:
         if self._response is not None:
             self.held_bytes += self._response.held_bytes
         return self._recorder.spool.submit(self)
+
+    def abandon(self) -> None:
+        spool = self._recorder.spool
+        for tee in (self._request, self._response):
+            if tee is not None:
+                spool.memory.release(tee.held_bytes)
+        self.discard()
+        spool.ledger.receive(self.events)
+        spool.ledger.discard(Discard.RENDER_FAILED, self.events)
 
     def discard(self) -> None:
         for tee in (self._request, self._response):

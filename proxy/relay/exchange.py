@@ -11,7 +11,6 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 import orjson
-from aiohttp.http import HttpVersion10, HttpVersion11
 
 from proxy import ids
 from proxy.relay.faults import Fault, RequestFault, UpstreamFault, UpstreamInvalid, UpstreamLost
@@ -27,12 +26,9 @@ from proxy.relay.upstream import STALE_SECONDS, UpstreamConnection
 if TYPE_CHECKING:
     from proxy.relay.server import Downstream, Relay
 
-_NOT_INTERIM = frozenset({b"content-length"})  # RFC 9110 §8.6
-_VERSIONS = (HttpVersion11, HttpVersion10)
 # A request body that came whole with its head is sent along with it, and can be sent again on a fresh connection.
 _REPLAYABLE_BYTES = 256 * 1024
 _ONE_WRITE_BYTES = 64 * 1024
-_STATUS_LINES: dict[tuple[int, str], bytes] = {}
 
 
 class Exchange:
@@ -72,11 +68,16 @@ class Exchange:
 
         Raises CancelledError when the client is gone; anything else that leaves this is a defect.
         """
+        fault: Fault | None = None
         try:
-            self._open()
-            await self._pass_on()
-        except Fault as fault:
-            await self._answer_fault(fault)
+            try:
+                self._open()
+                await self._pass_on()
+            except Fault as found:
+                fault = found
+            # Not within the handler: compiled, an exception that is being handled would be every other task's, too.
+            if fault is not None:
+                await self._answer_fault(fault)
         finally:
             # If it is not finished yet, the client has left, or was made to.
             stopped = self._relay.draining and not self._client.left

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from enum import Enum
 from typing import Protocol
@@ -45,6 +46,9 @@ class Recording(Protocol):
 
     def finish(self, ending: Ending) -> asyncio.Future[None] | None:
         """The exchange is over. What is returned is done when the end of the response may leave; None: at once."""
+
+    def abandon(self) -> None:
+        """Nothing more will be told, by a defect of the recording."""
 
 
 class Recorder(Protocol):
@@ -102,14 +106,14 @@ class Witness:
         except Fault:
             raise
         except Exception as error:  # noqa: BLE001 - counted and logged by who is told, as below
-            self._lose(error)
+            self._lose(error, self._recording)
 
     def request_piece(self, data: bytes) -> Awaitable[None] | None:
         if self._recording is not None:
             try:
                 return self._recording.request_piece(data)
             except Exception as error:  # noqa: BLE001
-                self._lose(error)
+                self._lose(error, self._recording)
         return None
 
     def request_complete(self) -> None:
@@ -117,21 +121,21 @@ class Witness:
             try:
                 self._recording.request_complete()
             except Exception as error:  # noqa: BLE001
-                self._lose(error)
+                self._lose(error, self._recording)
 
     def response_head(self, status: int, headers: CIMultiDictProxy[str] | None, sized: bool) -> None:
         if self._recording is not None:
             try:
                 self._recording.response_head(status, headers, sized=sized)
             except Exception as error:  # noqa: BLE001
-                self._lose(error)
+                self._lose(error, self._recording)
 
     def response_piece(self, data: bytes) -> Awaitable[None] | None:
         if self._recording is not None:
             try:
                 return self._recording.response_piece(data)
             except Exception as error:  # noqa: BLE001
-                self._lose(error)
+                self._lose(error, self._recording)
         return None
 
     def finish(self, ending: Ending) -> asyncio.Future[None] | None:
@@ -141,9 +145,12 @@ class Witness:
             try:
                 return recording.finish(ending)
             except Exception as error:  # noqa: BLE001
-                self._lose(error)
+                self._lose(error, recording)
         return None
 
-    def _lose(self, error: Exception) -> None:
+    def _lose(self, error: Exception, recording: Recording | None) -> None:
         self._recording = None
         self._failed(error)
+        if recording is not None:
+            with contextlib.suppress(Exception):
+                recording.abandon()

@@ -13,25 +13,35 @@ _READ_BYTES = 4096
 
 
 class Bell:
-    """Rung any number of times, it wakes once. For one sleeper, who blocks in ``sleep`` or watches ``fileno``."""
+    """Rung any number of times, it wakes once. For one sleeper, who waits in ``sleep``.
 
-    def __init__(self) -> None:
+    ``blocking=False`` is for one that watches ``fileno`` and then calls ``sleep``.
+    """
+
+    def __init__(self, *, blocking: bool = True) -> None:
         self._sleeper, self._ringer = os.pipe()
+        os.set_blocking(self._sleeper, blocking)
         os.set_blocking(self._ringer, False)
 
     def fileno(self) -> int:
         return self._sleeper
 
     def ring(self) -> None:
+        """Does nothing once it is closed: the number may be another file's by then."""
+        if self._ringer < 0:
+            return
         with contextlib.suppress(BlockingIOError):  # rung often enough
             os.write(self._ringer, b"\0")
 
     def sleep(self) -> None:
         """Returns when it has been rung since the last time."""
-        os.read(self._sleeper, _READ_BYTES)
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._sleeper, _READ_BYTES)
 
     def close(self) -> None:
-        sleeper, self._sleeper = self._sleeper, -1
-        if sleeper >= 0:
+        """Does nothing the second time."""
+        if self._ringer >= 0:
+            sleeper, ringer = self._sleeper, self._ringer
+            self._sleeper = self._ringer = -1
             os.close(sleeper)
-            os.close(self._ringer)
+            os.close(ringer)

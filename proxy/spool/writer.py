@@ -117,10 +117,12 @@ class Spool:
         self._max_hold_seconds = max_hold_seconds
         self._jobs: deque[_Job] = deque()
         self._for_thread = Bell()
-        self._for_loop = Bell()
+        self._for_loop = Bell(blocking=False)
         self._groups: deque[_Group] = deque()  # written, and not yet told of
         self._waking = False
-        self._abandoned = False
+        self._thread_done = False
+        self._abandoned = False  # closed without waiting for the thread
+        self._is_closed = False
         self._worker = threading.Thread(target=self._run, name="spool-writer", daemon=True)
         self._closed: asyncio.Future[None] = loop.create_future()
         self._held: deque[tuple[float, asyncio.Future[None]]] = deque()
@@ -146,17 +148,23 @@ class Spool:
             async with asyncio.timeout(timeout_seconds):
                 await self._closed
         except TimeoutError:
-            self._abandoned = True
-            pending = self.ledger.settle()
-            logger.error("The disk did not answer within %g s; %d events were not recorded.", timeout_seconds, pending)
-        self._loop.remove_reader(self._for_loop.fileno())
-        self._take_groups()
-        if not self._abandoned:
-            self._close_bells()
-        if self._hold_timer is not None:
-            self._hold_timer.cancel()
-        while self._held:
-            _set_done(self._held.popleft()[1])
+            if not self._thread_done:
+                pending = self.ledger.settle()
+                logger.error(
+                    "The disk did not answer within %g s; %d events were not recorded.", timeout_seconds, pending
+                )
+        finally:
+            self._loop.remove_reader(self._for_loop.fileno())
+            self._take_groups()
+            self._is_closed = True
+            if self._thread_done:
+                self._close_bells()
+            else:
+                self._abandoned = True
+            if self._hold_timer is not None:
+                self._hold_timer.cancel()
+            while self._held:
+                _set_done(self._held.popleft()[1])
 
     # --- called by capture, on the loop ---
 
@@ -178,6 +186,10 @@ class Spool:
     def submit(self, entry: Entry) -> asyncio.Future[None] | None:
         """Records ``entry``. What is returned is done when it is as durable as the settings ask; None: no need to wait."""
         self.ledger.receive(entry.events)
+        if self._is_closed:
+            self.ledger.settle()
+            entry.discard()
+            return None
         if self.is_full:
             self._refuse(entry)
             return None
@@ -257,6 +269,7 @@ class Spool:
             self.ledger.release_unheld(released)
 
     def _ended(self) -> None:
+        self._thread_done = True
         _set_done(self._closed)
         if self._abandoned:
             self._close_bells()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from pathlib import Path
+from typing import Any
 
 from tests.harness import model_server, proxy
-from tests.relay.wire import OK, connected, head
+from tests.relay.wire import OK, Script, connected, head
 
 SIZE = 32 * 1024 * 1024  # more than the kernel and the relay take in together
 
@@ -67,3 +69,49 @@ async def test_a_recorder_that_fails_costs_the_recording_only(tmp_path: Path) ->
                 client.write(b"ping")
                 assert (await client.response()).endswith(b"ok"), at
         assert p.app.relay.defects == 6
+
+
+async def test_faults_at_once_leave_no_exception_behind(tmp_path: Path) -> None:
+    """Compiled, a fault that waits for its recording could become the context of every later exception."""
+    async with proxy("http://127.0.0.1:1", tmp_path) as p:
+
+        async def refused() -> bytes:
+            async with connected(p.port) as client:
+                client.write(head(b"GET /a HTTP/1.1", b"Host: h"))
+                return await client.rest()
+
+        for _ in range(4):
+            answers = await asyncio.gather(*(refused() for _ in range(25)))
+            assert {answer[:12] for answer in answers} == {b"HTTP/1.1 502"}
+        handled: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().call_soon(lambda: handled.set_result(sys.exc_info()))
+        assert await handled == (None, None, None)
+
+
+async def test_a_lost_recording_is_counted_and_gives_back_what_it_holds(tmp_path: Path) -> None:
+    """Promise 4: its events are discarded for a reason, and no memory or file stays behind."""
+
+    class Failing:
+        def __init__(self, real: Any) -> None:
+            self.real = real
+
+        def open(self, *arguments: Any, **named: Any) -> Failing:
+            return Failing(self.real.open(*arguments, **named))
+
+        def response_piece(self, data: bytes) -> None:
+            raise RuntimeError(data)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.real, name)
+
+    async with model_server(Script(OK)) as model, proxy(model.url, tmp_path, capture__max_inline_bytes=100_000) as p:
+        recorder: Any = p.app.relay.recorder
+        p.app.relay.recorder = Failing(recorder)  # type: ignore[assignment]
+        for size in (10_000, 200_000):  # in memory, and in a file
+            async with connected(p.port) as client:
+                client.write(head(b"POST /a HTTP/1.1", b"Host: h", b"Content-Length: %d" % size) + bytes(size))
+                assert (await client.response()).endswith(b"ok")
+        account = p.app.ledger.account()
+        assert (account.received, account.discarded) == (4, {"render_failed": 4})
+        assert recorder.spool.memory.held_bytes == 0
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 from proxy.spool.bell import Bell
 
@@ -36,4 +37,20 @@ def test_ringing_never_blocks_though_nobody_listens() -> None:
         bell.ring()
     bell.sleep()
     bell.close()
+
+
+def test_a_closed_bell_writes_into_nobody_elses_file(tmp_path: Path) -> None:
+    bell = Bell()
+    bell.close()
+    files = [(tmp_path / str(number)).open("wb") for number in range(4)]  # which get its numbers
+    bell.ring()
+    bell.close()
+    for file in files:
+        file.close()
+    assert [path.stat().st_size for path in tmp_path.iterdir()] == [0, 0, 0, 0]
+
+
+def test_without_blocking_it_returns_though_it_was_not_rung() -> None:
+    bell = Bell(blocking=False)
+    bell.sleep()
     bell.close()

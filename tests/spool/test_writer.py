@@ -291,6 +291,32 @@ async def test_close_leaves_a_disk_that_hangs_in_time_and_counts(
         s.check_account()
 
 
+async def test_what_comes_after_the_close_is_counted(tmp_path: Path) -> None:
+    async with spool(tmp_path) as s:
+        await (s.spool.submit(Exchange(0)) or asyncio.sleep(0))
+        await s.spool.close()
+        assert s.spool.submit(Exchange(1)) is None
+        account = s.ledger.account()
+        assert (account.received, account.delivered, account.discarded) == (4, 2, {"stopped": 2})
+
+
+async def test_a_close_that_is_cancelled_leaves_nothing_open(tmp_path: Path) -> None:
+    files = hung(open_=True)
+    async with spool(tmp_path, kind=files) as s:
+        await (s.spool.submit(Exchange(0)) or asyncio.sleep(0))
+        files.gate.clear()
+        held = s.spool.submit(Exchange(1))
+        assert held is not None
+        closing = asyncio.create_task(s.spool.close())
+        await asyncio.to_thread(files.waiting.wait, 5)
+        closing.cancel()
+        await asyncio.gather(closing, return_exceptions=True)
+        assert held.done()
+        files.gate.set()
+        await asyncio.to_thread(s.spool._worker.join, 5)
+        await asyncio.sleep(0)
+
+
 # --- a disk that fails ---
 
 
