@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,6 @@ COMPILED = (
     "relay/upstream.py",
     "spool/writer.py",
 )
-COMPILER = ["mypy[mypyc]>=2.1,<3", "setuptools>=77", "types-PyYAML>=6"]
 
 
 def compile_modules(folder: Path) -> list[Path]:
@@ -50,9 +50,8 @@ def compile_modules(folder: Path) -> list[Path]:
         modules = [f"proxy/{name}" for name in COMPILED]
         extensions = mypycify(["--strict", *modules], opt_level="3", debug_level="0", group_name="payload_logger")
         for extension in extensions:
-            extension.extra_compile_args.append(
-                "-Wno-error"
-            )  # warnings of other compilers' versions are no reason to stop
+            # Warnings of another compiler's version are no reason to stop.
+            extension.extra_compile_args.append("-Wno-error")
         command = build_ext(Distribution({"name": "payload-logger", "ext_modules": extensions}))
         command.inplace = True
         command.ensure_finalized()
@@ -70,7 +69,10 @@ class CustomBuildHook(BuildHookInterface[Any]):
         return self.target_name == "wheel" and os.environ.get("PAYLOAD_LOGGER_COMPILE") == "1"
 
     def dependencies(self) -> list[str]:
-        return [*COMPILER, *self.metadata.core.dependencies] if self._wanted() else []
+        if not self._wanted():
+            return []
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+        return [*project["dependency-groups"]["compile"], *self.metadata.core.dependencies]
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if not self._wanted() or version == "editable":

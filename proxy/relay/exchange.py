@@ -1,6 +1,6 @@
 """One exchange, from the first byte of the request to the last byte of the response.
 
-``Exchange.run`` reads from top to bottom: check the request, open its recording, pass it to the model server,
+``Exchange.run`` reads from top to bottom: open the recording, pass the request to the model server,
 pass the answer to the client, hold back the end of the answer until it is recorded.
 """
 
@@ -15,9 +15,7 @@ import orjson
 from proxy import ids
 from proxy.relay.faults import Fault, RequestFault, UpstreamFault, UpstreamInvalid, UpstreamLost
 from proxy.relay.framing import BodyDecoder, ChunkedBody, CloseBody, FramingError, chunk, last_chunk
-from proxy.relay.headers import (
-    allowed_trailers,
-)
+from proxy.relay.headers import allowed_trailers
 from proxy.relay.recording import Ending, Witness
 from proxy.relay.request import Request
 from proxy.relay.response import Response
@@ -220,7 +218,7 @@ class Exchange:
                 client.write(ready)
                 ready = b""
 
-        await self._hold()
+        await self._hold(Ending.COMPLETE)
         self._response_begun = True
         client.write(ready + last_chunk(allowed_trailers(body.trailers)) if chunked else ready)
         self._release(upstream, response, body)
@@ -238,9 +236,9 @@ class Exchange:
                 await wait
         return chunk(payload) if chunked and payload else payload
 
-    async def _hold(self) -> None:
+    async def _hold(self, ending: Ending) -> None:
         """Waits until the exchange is recorded, so that no client has seen the end of what a crash could lose."""
-        held = self._witness.finish(Ending.COMPLETE)
+        held = self._witness.finish(ending)
         if held is not None:
             await held
 
@@ -277,9 +275,7 @@ class Exchange:
         head, body = fault_answer(fault.status, str(fault), self._request_id, head_only=self._request.method == "HEAD")
         self._witness.response_head(fault.status, None, True)
         self._witness.response_piece(body)
-        held = self._witness.finish(ending)
-        if held is not None:
-            await held
+        await self._hold(ending)
         self._response_begun = True
         self._client.write(head + body)
 

@@ -24,13 +24,9 @@ def require_c_parser() -> None:
         raise RuntimeError("aiohttp's C extension is missing; its fallback parser is too lenient for a proxy")
 
 
-class RequestHead(Protocol):
-    """A request's head, as aiohttp's parser gives it. Undecodable bytes are surrogate escapes."""
+class Head(Protocol):
+    """What aiohttp's parser gives of a message's head. Undecodable bytes are surrogate escapes."""
 
-    @property
-    def method(self) -> str: ...
-    @property
-    def path(self) -> str: ...
     @property
     def version(self) -> Any: ...
     @property
@@ -41,21 +37,22 @@ class RequestHead(Protocol):
     def should_close(self) -> bool: ...
 
 
-class ResponseHead(Protocol):
+class RequestHead(Head, Protocol):
+    """A request's head."""
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def path(self) -> str: ...
+
+
+class ResponseHead(Head, Protocol):
     """A response's head."""
 
     @property
     def code(self) -> int: ...
     @property
     def reason(self) -> str: ...
-    @property
-    def version(self) -> Any: ...
-    @property
-    def headers(self) -> CIMultiDictProxy[str]: ...
-    @property
-    def raw_headers(self) -> tuple[tuple[bytes, bytes], ...]: ...
-    @property
-    def should_close(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,14 +106,14 @@ class Witness:
         except Fault:
             raise
         except Exception as error:  # noqa: BLE001 - counted and logged by who is told, as below
-            self._lose(error, self._recording)
+            self._lose(error)
 
     def request_piece(self, data: bytes) -> Awaitable[None] | None:
         if self._recording is not None:
             try:
                 return self._recording.request_piece(data)
             except Exception as error:  # noqa: BLE001
-                self._lose(error, self._recording)
+                self._lose(error)
         return None
 
     def request_complete(self) -> None:
@@ -121,35 +121,36 @@ class Witness:
             try:
                 self._recording.request_complete()
             except Exception as error:  # noqa: BLE001
-                self._lose(error, self._recording)
+                self._lose(error)
 
     def response_head(self, status: int, headers: CIMultiDictProxy[str] | None, sized: bool) -> None:
         if self._recording is not None:
             try:
                 self._recording.response_head(status, headers, sized=sized)
             except Exception as error:  # noqa: BLE001
-                self._lose(error, self._recording)
+                self._lose(error)
 
     def response_piece(self, data: bytes) -> Awaitable[None] | None:
         if self._recording is not None:
             try:
                 return self._recording.response_piece(data)
             except Exception as error:  # noqa: BLE001
-                self._lose(error, self._recording)
+                self._lose(error)
         return None
 
     def finish(self, ending: Ending) -> asyncio.Future[None] | None:
         """The first call counts; what is to be awaited before the end of the response leaves."""
-        recording, self._recording = self._recording, None
-        if recording is not None:
+        held: asyncio.Future[None] | None = None
+        if self._recording is not None:
             try:
-                return recording.finish(ending)
+                held = self._recording.finish(ending)
             except Exception as error:  # noqa: BLE001
-                self._lose(error, recording)
-        return None
+                self._lose(error)
+            self._recording = None
+        return held
 
-    def _lose(self, error: Exception, recording: Recording | None) -> None:
-        self._recording = None
+    def _lose(self, error: Exception) -> None:
+        recording, self._recording = self._recording, None
         self._failed(error)
         if recording is not None:
             with contextlib.suppress(Exception):

@@ -121,7 +121,6 @@ class Spool:
         self._groups: deque[_Group] = deque()  # written, and not yet told of
         self._waking = False
         self._thread_done = False
-        self._abandoned = False  # closed without waiting for the thread
         self._is_closed = False
         self._worker = threading.Thread(target=self._run, name="spool-writer", daemon=True)
         self._closed: asyncio.Future[None] = loop.create_future()
@@ -159,8 +158,6 @@ class Spool:
             self._is_closed = True
             if self._thread_done:
                 self._close_bells()
-            else:
-                self._abandoned = True
             if self._hold_timer is not None:
                 self._hold_timer.cancel()
             while self._held:
@@ -271,7 +268,7 @@ class Spool:
     def _ended(self) -> None:
         self._thread_done = True
         _set_done(self._closed)
-        if self._abandoned:
+        if self._is_closed:  # without waiting for the thread
             self._close_bells()
 
     def _close_bells(self) -> None:
