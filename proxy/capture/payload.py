@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Iterator
 from enum import Enum
 from functools import lru_cache
+from itertools import accumulate
 
 import msgspec
 import orjson
@@ -45,7 +47,9 @@ _KNOWN_CHARSET = re.compile(
     r"utf-?8|utf-?(16|32)([bl]e)?|(us-)?ascii|latin-?1|iso-?8859-\d{1,2}|windows-125\d|cp125\d|koi8-[ru]"
     r"|shift[_-]jis|euc-(jp|kr)|iso-2022-jp|gb2312|gbk|gb18030|big5"
 )
-_MAX_WORK_BYTES = 8 * 1024 * 1024
+_PIECE_BYTES = 64 * 1024
+_OPENS = ord("[")
+_NO_BACKSLASH = re.compile(rb"[^\\]")
 _check_json = msgspec.json.Decoder(msgspec.Raw).decode
 
 
@@ -114,20 +118,36 @@ def json_value(body: bytes) -> bytes | None:
 
 
 def _is_deep(json: bytes) -> bool:
+    """Whether valid JSON nests deeper than MAX_DEPTH. Goes by pieces: between two of them other threads get on."""
     if json.count(b"[") + json.count(b"{") <= MAX_DEPTH:
         return False
-    if b"\\" in json:
-        json = json.replace(b"\\\\", b"").replace(b'\\"', b"")  # now every quote begins or ends a string
-    brackets = b"".join(json.split(b'"')[::2]).translate(_ONE_KIND, _NO_BRACKETS)
-    work = len(brackets)
-    for _ in range(MAX_DEPTH):  # one level each
-        brackets = brackets.replace(b"[]", b"")
-        if not brackets:
-            return False
-        work += len(brackets)
-        if work > _MAX_WORK_BYTES:
-            return True  # millions of brackets, and deep: to go on would keep the interpreter from the traffic
-    return True
+    depth = 0
+    in_string = 0
+    for piece in _pieces(json):
+        if b"\\" in piece:
+            piece = piece.replace(b"\\\\", b"").replace(b'\\"', b"")  # now every quote begins or ends a string
+        parts = piece.split(b'"')
+        brackets = b"".join(parts[in_string::2]).translate(_ONE_KIND, _NO_BRACKETS)
+        in_string ^= (len(parts) - 1) & 1
+        leaves = brackets.replace(b"[]", b"").replace(b"[]", b"")  # two levels less: rows of numbers are gone
+        if depth + 2 + leaves.count(b"[") > MAX_DEPTH and max(_depths(brackets, depth)) > MAX_DEPTH:
+            return True
+        depth += 2 * leaves.count(b"[") - len(leaves)
+    return False
+
+
+def _pieces(json: bytes) -> Iterator[bytes]:
+    """Cut at any place but within an escape sequence."""
+    start = 0
+    while start < len(json):
+        found = _NO_BACKSLASH.search(json, start + _PIECE_BYTES - 1)
+        end = found.end() if found else len(json)
+        yield json[start:end]
+        start = end
+
+
+def _depths(brackets: bytes, depth: int) -> Iterator[int]:
+    return accumulate((1 if bracket == _OPENS else -1 for bracket in brackets), initial=depth)
 
 
 def _text(body: bytes, kind: Kind, charset: str | None) -> str | None:

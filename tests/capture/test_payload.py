@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from proxy.capture import payload
 from proxy.capture.event import LineFormat
 from proxy.capture.payload import Kind, claim, embedded, json_value
 
@@ -142,10 +143,13 @@ def depth_of(value: Any) -> int:
 
 
 @settings(deadline=None, max_examples=100)
-@given(text=JSON_TEXTS, around=st.integers(80, 101))
-def test_the_depth_is_exact_whatever_the_strings_hold(text: str, around: int) -> None:
-    body = ('["\\"[",' * around + text + "]" * around).encode()
-    assert (json_value(body) is not None) == (around + depth_of(json.loads(text)) <= 100)
+@given(text=JSON_TEXTS, around=st.integers(80, 101), piece_bytes=st.integers(1, 300))
+def test_the_depth_is_exact_whatever_the_strings_hold(text: str, around: int, piece_bytes: int) -> None:
+    body = ('["\\"[",[],[[[]],2],' * around + text + "]" * around).encode()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(payload, "_PIECE_BYTES", piece_bytes)  # cut anywhere
+        kept = json_value(body) is not None
+    assert kept == (around + max(3, depth_of(json.loads(text))) <= 100)
 
 
 @pytest.mark.parametrize(
