@@ -11,24 +11,30 @@ import os
 import ssl
 import sys
 from collections.abc import AsyncIterator
-from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from functools import partial
 
 from proxy.capture.recorder import PayloadRecorder
 from proxy.ledger import Ledger
+from proxy.places import measured_roots, places, spool_path
 from proxy.relay.parsing import Limits, require_c_parser
 from proxy.relay.server import Relay
 from proxy.relay.upstream import Pool, UpstreamAddress
-from proxy.settings import PAYLOAD_COLLECTIONS, Durability, HostHeader, Settings
+from proxy.settings import MANAGEMENT_URL, Durability, HostHeader, Settings
+from proxy.shipping import destination
+from proxy.shipping.azure_blob import Azure
+from proxy.shipping.azureml import DataAsset, assets
+from proxy.shipping.shipper import Shipper
 from proxy.spool import recovery
 from proxy.spool.budget import Budget
-from proxy.spool.files import Files, make_folders
+from proxy.spool.files import Files, LineFile, make_folders
 from proxy.spool.layout import Place, new_process_id
 from proxy.spool.writer import Spool
 
 logger = logging.getLogger("payload_logger")
 
-SPOOL_FOLDER = ".payload-logger"
+LEAST_SHIPPING_SECONDS = 5.0  # at the end, even if the exchanges in flight took all of proxy.drain_seconds
+# Of the disk budget one file takes at most this part: it is removed only when it is closed, and shipped.
+FILES_IN_BUDGET = 16
 # How long a busy event loop keeps the writer thread from the interpreter; with Python's 5 ms the responses of a few
 # hundred clients wait for it half as long again.
 SWITCH_INTERVAL_SECONDS = 0.0005
@@ -62,16 +68,17 @@ async def running(settings: Settings) -> AsyncIterator[App]:
     loop = asyncio.get_running_loop()
     async with contextlib.AsyncExitStack() as stack:
         ledger = Ledger()
-        budget = Budget(_roots(settings), settings.spool.max_bytes)
+        budget = Budget(measured_roots(settings), settings.spool.max_bytes)
         stack.callback(budget.stop)
-        spool = await _start_spool(settings, ledger, budget, loop)
-        stack.push_async_callback(spool.close)
+        recording = _Recording(settings, ledger, budget, loop)
+        await recording.start()
+        stack.push_async_callback(recording.close)
 
         limits = Limits(settings.proxy.max_head_bytes, settings.proxy.max_headers)
         relay = Relay(
             loop,
             pool=_pool(settings, loop, limits),
-            recorder=PayloadRecorder(settings, spool),
+            recorder=PayloadRecorder(settings, recording.spool),
             limits=limits,
             keepalive_timeout_seconds=settings.proxy.keepalive_timeout,
             forwarded_headers=settings.proxy.forwarded_headers,
@@ -85,6 +92,7 @@ async def running(settings: Settings) -> AsyncIterator[App]:
         stack.callback(gc.unfreeze)
         yield App(settings, relay, ledger, address)
 
+        recording.ends_at = loop.time() + settings.proxy.drain_seconds
         cut = await relay.drain(settings.proxy.drain_seconds)
         if cut:
             logger.warning("%d exchanges had not finished after %g s and were cut.", cut, settings.proxy.drain_seconds)
@@ -97,88 +105,121 @@ def _keep_freed_memory() -> None:
         libc.mallopt(_M_MMAP_THRESHOLD, LARGEST_KEPT_BYTES)
 
 
-def places(settings: Settings) -> dict[str, Place]:
-    """Where each payload collection goes on local disk."""
-    storage = local_path(settings.storage.url)
-    deployment = storage / settings.endpoint_name / settings.name
-    found: dict[str, Place] = {}
-    for name in PAYLOAD_COLLECTIONS:
-        collection = settings.data_collector.collections.get(name)
-        if collection is None or not collection.enabled:
-            continue
-        root, large = deployment / name, deployment
-        if collection.data is not None and collection.data.path is not None:
-            root = _own_root(storage, collection.data.path)
-            large = root.parent / f"{root.name}-large"  # beside the root: what is below it is taken for lines
-        found[name] = Place(root, root.as_uri(), large, large.as_uri())
-    return found
+class _Recording:
+    """The spool, and the shipper behind it if anything goes further than the local disk."""
 
+    def __init__(self, settings: Settings, ledger: Ledger, budget: Budget, loop: asyncio.AbstractEventLoop) -> None:
+        self._settings = settings
+        self._ledger = ledger
+        self._budget = budget
+        self._loop = loop
+        self.ends_at = loop.time()  # until when shipping may go on when the proxy stops
+        self._places = places(settings)
+        process_id = new_process_id()
+        self._shipper = self._new_shipper(process_id) if any(place.remote for place in self._places.values()) else None
+        self._process_id = process_id
 
-def local_path(file_url: str) -> Path:
-    """The path of a ``file://`` URL."""
-    return Path(unquote(urlsplit(file_url).path))
+    async def start(self) -> None:
+        """Raises StartError."""
+        folder = spool_path(self._settings)
+        try:
+            for path in (folder, *(place.root for place in self._places.values())):
+                make_folders(path, sync=self._settings.spool.durability is Durability.SYNCED)
+            recovered = await asyncio.to_thread(recovery.recover, folder)
+            journal = recovery.Journal(folder, self._process_id)
+        except OSError as error:
+            key = "spool.path" if self._shipper is not None else "storage.url"
+            raise StartError(f"{key}: can't write to {error.filename or folder}: {error.strerror}") from error
+        if recovered.processes:
+            self._ledger.recover(torn=recovered.torn, orphans=recovered.orphans)
+            logger.warning(
+                "Put in order what %d ended process(es) left: %d torn lines cut off, %d unfinished bodies removed.",
+                recovered.processes,
+                recovered.torn,
+                recovered.orphans,
+            )
+        self.spool = self._new_spool(journal)
+        self._budget.start()
+        self.spool.start()
+        if self._shipper is not None:
+            self._shipper.start()
 
+    async def close(self) -> None:
+        await self.spool.close()
+        if self._shipper is not None:
+            await self._shipper.finish(max(LEAST_SHIPPING_SECONDS, self.ends_at - self._loop.time()))
 
-def spool_path(settings: Settings) -> Path:
-    """Where locks and journals are kept."""
-    if settings.spool.path is not None:
-        return Path(settings.spool.path)
-    return local_path(settings.storage.url) / SPOOL_FOLDER
-
-
-def _own_root(storage: Path, data_path: str) -> Path:
-    if data_path.startswith("file:"):
-        return local_path(data_path)
-    return storage / data_path.partition("/paths/")[2].strip("/")
-
-
-def _roots(settings: Settings) -> list[Path]:
-    """The folders that the dataset is in, without those within another one."""
-    roots = {root for place in places(settings).values() for root in (place.root, place.large_root)}
-    return [root for root in roots if not any(parent in roots for parent in root.parents)]
-
-
-async def _start_spool(settings: Settings, ledger: Ledger, budget: Budget, loop: asyncio.AbstractEventLoop) -> Spool:
-    folder = spool_path(settings)
-    targets = places(settings)
-    process_id = new_process_id()
-    try:
-        for path in (folder, *(place.root for place in targets.values())):
-            make_folders(path, sync=settings.spool.durability is Durability.SYNCED)
-        recovered = await asyncio.to_thread(recovery.recover, folder)
-        journal = recovery.Journal(folder, process_id)
-    except OSError as error:
-        raise StartError(f"storage.url: can't write to {error.filename or folder}: {error.strerror}") from error
-    if recovered.processes:
-        ledger.recover(torn=recovered.torn, orphans=recovered.orphans)
-        logger.warning(
-            "Put in order what %d ended process(es) left: %d torn lines cut off, %d unfinished bodies removed.",
-            recovered.processes,
-            recovered.torn,
-            recovered.orphans,
+    def _new_spool(self, journal: recovery.Journal) -> Spool:
+        spool = self._settings.spool
+        roll_bytes = spool.roll_bytes
+        if self._shipper is not None and spool.max_bytes:
+            roll_bytes = min(roll_bytes, max(64 * 1024, spool.max_bytes // FILES_IN_BUDGET))
+        files = Files(
+            self._places,
+            rate=self._settings.data_collector.rolling_rate,
+            roll_bytes=roll_bytes,
+            sync=spool.durability is Durability.SYNCED,
+            process_id=self._process_id,
+            journal=journal,
+            budget=self._budget,
+            ledger=self._ledger,
+            opened=self._shipper.track if self._shipper is not None else None,
         )
-    files = Files(
-        targets,
-        rate=settings.data_collector.rolling_rate,
-        roll_bytes=settings.spool.roll_bytes,
-        sync=settings.spool.durability is Durability.SYNCED,
-        process_id=process_id,
-        journal=journal,
-        budget=budget,
-        ledger=ledger,
-    )
-    budget.start()
-    spool = Spool(
-        files,
-        ledger,
-        loop,
-        durability=settings.spool.durability,
-        when_full=settings.spool.when_full,
-        max_hold_seconds=settings.spool.max_hold,
-        memory_bytes=settings.capture.memory_bytes,
-    )
-    spool.start()
-    return spool
+        return Spool(
+            files,
+            self._ledger,
+            self._loop,
+            durability=spool.durability,
+            when_full=spool.when_full,
+            max_hold_seconds=spool.max_hold,
+            memory_bytes=self._settings.capture.memory_bytes,
+        )
+
+    def _new_shipper(self, process_id: str) -> Shipper:
+        settings = self._settings
+        azure = Azure(os.environ, settings.azureml.management_url if settings.azureml is not None else MANAGEMENT_URL)
+        urls = {place.root_url: name for name, place in self._places.items() if place.remote}
+        client_ids = {url: settings.data_collector.collections[name].client_id for url, name in urls.items()}
+        try:
+            wanted = assets(settings, {name: url for url, name in urls.items()})
+        except ValueError as error:
+            raise StartError(str(error)) from error
+        return Shipper(
+            spool_path(settings),
+            process_id=process_id,
+            urls=client_ids,
+            open_store=azure.store,
+            close=azure.close,
+            retire=self._retire,
+            ledger=self._ledger,
+            budget=self._budget,
+            interval_seconds=settings.storage.ship_interval,
+            chores=[
+                *(
+                    partial(_learn_urls, azure, self._places[name], client_ids[url])
+                    for url, name in urls.items()
+                    if url.startswith("azureml:")
+                ),
+                *(partial(_register, azure, asset, client_ids.get(asset.data_uri)) for asset in wanted),
+            ],
+        )
+
+    def _retire(self, file: LineFile) -> None:
+        """Called in the shipper's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended; so has the file by then
+            self._loop.call_soon_threadsafe(self.spool.retire, file)
+
+
+async def _learn_urls(azure: Azure, place: Place, client_id: str | None) -> None:
+    """Has lines point to where the datastore of ``place`` leads. Called in the shipper's thread."""
+    datastore, _ = destination.parse(place.root_url)
+    url = (await azure.store(datastore, client_id).opened()).container.url
+    for name in ("root_url", "large_url"):
+        setattr(place, name, url + getattr(place, name).partition("/paths")[2])
+
+
+async def _register(azure: Azure, asset: DataAsset, client_id: str | None) -> None:
+    logger.info("%s", await azure.control_plane(client_id).register(asset))
 
 
 def _pool(settings: Settings, loop: asyncio.AbstractEventLoop, limits: Limits) -> Pool:

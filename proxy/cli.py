@@ -164,7 +164,7 @@ def describe(settings: Settings, address: str) -> str:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from proxy.app import places, spool_path
+    from proxy.places import places, spool_path
     from proxy.spool.layout import FOLDERS
 
     loaded = _load(options)

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TypeAlias
 
 from proxy.config_values import address, shown
-from proxy.settings import PAYLOAD_COLLECTIONS, Collection, RollingRate, Settings
+from proxy.settings import MIB, PAYLOAD_COLLECTIONS, Collection, RollingRate, Settings
 
 KeyPath: TypeAlias = tuple[str, ...]
 Finding: TypeAlias = tuple[tuple[KeyPath, ...], str]  # the keys that it is about, and what is to be said of the first
 
 _COLLECTIONS = ("data_collector", "collections")
+MAX_INLINE_BYTES = 16 * MIB
 _CREDENTIALS = {"authorization", "proxy-authorization", "cookie", "x-api-key", "api-key", "ocp-apim-subscription-key"}
 
 
@@ -27,6 +28,7 @@ def problems(settings: Settings) -> Iterator[Finding]:
     yield from _tls(settings)
     yield from _addresses(settings)
     yield from _shared_roots(settings)
+    yield from _destinations(settings)
     yield from _not_supported_yet(settings)
 
 
@@ -92,8 +94,9 @@ def _is_ip(host: str, what: str) -> bool:
 
 
 def _shared_roots(settings: Settings) -> Iterator[Finding]:
+    local = settings.storage.url.startswith("file:")
     for (key, path), (other_key, other_path) in combinations(_data_paths(settings), 2):
-        if _root(path) == _root(other_path):
+        if path == other_path or (local and _root(path) == _root(other_path)):
             yield (other_key, key), f"{shown(other_path)} is already the root of {key[2]}; give each collection its own"
 
 
@@ -114,14 +117,20 @@ def _not_supported_yet(settings: Settings) -> Iterator[Finding]:
     """What this version has settings for, but can't do."""
     if settings.proxy.workers > 1:
         yield (("proxy", "workers"),), f"{settings.proxy.workers} is too large; this version runs one process"
-    urls: list[tuple[KeyPath, str]] = [(("storage", "url"), settings.storage.url)]
-    for key, path in _data_paths(settings):
-        if key[2] in PAYLOAD_COLLECTIONS and not path.startswith("azureml:"):
-            urls.append((key, path))
-    for key, url in urls:
-        if not url.startswith("file:"):
-            blob = "Azure Blob destinations are not supported by this version yet; use file:///PATH"
-            yield (key,), f"{shown(url)}: {blob}"
+
+
+def _destinations(settings: Settings) -> Iterator[Finding]:
+    local = settings.storage.url.startswith("file:")
+    urls = [(("storage", "url"), settings.storage.url), *_data_paths(settings)]
+    remote = [(key, url) for key, url in urls if not url.startswith(("file:", "azureml:") if local else "file:")]
+    for key, url in remote:
+        if url.lower().startswith("azureml://datastores/") and settings.azureml is None:
+            words = "of which workspace? Add 'azureml: {subscription_id: …, resource_group: …, workspace_name: …}'"
+            yield (key, ("azureml",)), f"{shown(url)}: {words}"
+    if remote and settings.capture.max_inline_bytes > MAX_INLINE_BYTES:
+        words = "is too large for lines that are shipped: a blob takes 100 MiB at once, and text may become six times as long"
+        most = f"use at most {MAX_INLINE_BYTES // MIB}MiB"
+        yield (("capture", "max_inline_bytes"),), f"{settings.capture.max_inline_bytes} {words}; {most}"
 
 
 def _little_is_recorded(settings: Settings) -> Iterator[Finding]:

@@ -26,6 +26,7 @@ _KIND_SCHEMAS: dict[str, Schema] = {
     "listen": {"type": ["string", "integer"], "pattern": r"^ *(unix:/.+|.*:[0-9]{1,5}|[0-9]{1,5}) *$"},
     "upstream": {"type": "string", "pattern": r"^ *([hH][tT][tT][pP][sS]?://[^?#@]+|unix:/.+|[^/@]+:[0-9]{1,5}) *$"},
     "storage_url": {"type": "string", "minLength": 1},
+    "management_url": {"type": "string", "minLength": 1},
     "data_path": {"type": "string", "minLength": 1},
     "path": {"type": "string", "minLength": 1},
     "header": {"type": "string", "pattern": r"^ *[!#$%&'+.^_`|~0-9A-Za-z-]+ *$"},

@@ -142,6 +142,14 @@ def _blob_url(text: str) -> str:
     return f"{scheme.lower()}://{authority}{path}"
 
 
+def _management_url(text: str) -> str:
+    scheme, authority, path = _matched(_HTTP, text).groups()
+    host, _ = _authority(authority)
+    _need(host and path in {"", "/"})
+    _need(scheme.lower() == "https" or host in {"127.0.0.1", "localhost", "[::1]"})  # tokens are sent there
+    return f"{scheme.lower()}://{authority}"
+
+
 def _storage_url(text: str) -> str:
     scheme, separator, rest = text.partition("://")
     if not separator:
@@ -152,7 +160,9 @@ def _storage_url(text: str) -> str:
         _need(host in {"", "localhost"} and not set("?#") & set(rest))
         return _file_url(os.fsdecode(unquote_to_bytes(f"/{path}")))
     if "?" in text:
-        raise WrongValueError("has a query; if that is a SAS it is a secret, and secrets come from the environment")
+        raise WrongValueError(
+            "has a query; if that is a SAS it is a secret, and secrets come from the environment: AZURE_STORAGE_SAS_TOKEN"
+        )
     _need("%" not in re.sub("%[0-9A-Fa-f]{2}", "", text) and not _has_dots(unquote(text)))
     return _matched(_DATASTORE, text)[0].rstrip("/") if scheme.lower() == "azureml" else _blob_url(text)
 
@@ -206,6 +216,7 @@ KINDS = {
         _upstream, "an upstream", "http://HOST:PORT, https://HOST:PORT or unix:/PATH, without user, query or fragment"
     ),
     "storage_url": Kind(_storage_url, "a destination", _URLS),
+    "management_url": Kind(_management_url, "a control plane", "https://HOST"),
     "data_path": Kind(_data_path, "a data path", f"{_URLS}, without . and .. folders"),
     "path": Kind(_file_path, "a file path", "/PATH"),
     "header": Kind(_header, "a header name", "letters, digits and dashes, no wildcard"),

@@ -14,8 +14,9 @@ import orjson
 from aiohttp import ClientSession, TCPConnector
 
 from proxy import dummy_model, logs
-from proxy.app import App, StartError, places, running
+from proxy.app import App, StartError, running
 from proxy.config import ConfigError, load
+from proxy.places import places
 from proxy.settings import LogLevel, Logs, Settings
 
 DEFAULT_LISTEN = "127.0.0.1:8080"

@@ -22,6 +22,7 @@ class Discard(Enum):
     MEMORY_FULL = "memory_full"  # the disk is slower than the traffic, or hangs
     RENDER_FAILED = "render_failed"  # a defect of ours
     STOPPED = "stopped"  # the disk did not take it before the process had to end
+    SPOOL_DELETED = "spool_deleted"  # somebody deleted the spool's file before it was shipped
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,8 @@ class Account:
     unheld: int  # responses whose end left before their lines were written, after max_hold
     torn: int  # half lines of a process that died, cut off at start
     orphans: int  # files of bodies that a process that died left without a line
+    spooled: int  # of the pending: on disk, and yet to be shipped
+    adopted: int  # of the received: recorded by processes that have ended, shipped by this one
 
     @property
     def pending(self) -> int:
@@ -54,6 +57,8 @@ class Account:
                 (self.unheld, "responses left before they were written"),
                 (self.torn, "torn lines cut off at start"),
                 (self.orphans, "orphaned bodies removed at start"),
+                (self.spooled, "on disk, to be shipped"),
+                (self.adopted, "shipped for processes that have ended"),
             )
             if count
         ]
@@ -72,6 +77,8 @@ class Ledger:
     _unheld: int = 0
     _torn: int = 0
     _orphans: int = 0
+    _spooled: int = 0
+    _adopted: int = 0
     _settled: bool = False
     _cut_at: float = 0.0
 
@@ -84,15 +91,49 @@ class Ledger:
             if not self._settled:
                 self._delivered += events
 
+    def keep(self, events: int) -> None:
+        """They are on disk, and delivered once they are shipped."""
+        with self._lock:
+            if not self._settled:
+                self._spooled += events
+
+    def ship(self, events: int) -> None:
+        """They were kept, and are delivered."""
+        with self._lock:
+            if self._settled:  # those that came to the disk after that are counted as STOPPED
+                events = min(events, self._spooled)
+            self._spooled -= (
+                events  # below 0 for a moment, if they are shipped before the writer says that they are kept
+            )
+            self._delivered += events
+
+    def adopt(self, events: int) -> None:
+        """They were recorded by a process that has ended, and are delivered."""
+        with self._lock:
+            self._received += events
+            self._delivered += events
+            self._adopted += events
+
+    def lose(self, reason: Discard, events: int) -> None:
+        """They were kept, and are gone."""
+        with self._lock:
+            if self._settled:
+                events = min(events, self._spooled)
+            self._spooled -= events
+            self._discarded[reason.value] += events
+
     def discard(self, reason: Discard, events: int) -> None:
         with self._lock:
             if not self._settled:
                 self._discarded[reason.value] += events
 
     def settle(self) -> int:
-        """Counts what is pending as STOPPED, for good: should the disk take it later, that is not counted. Their number."""
+        """Counts what is not even on disk as STOPPED, for good: should the disk take it later, that is not counted.
+
+        Returns their number.
+        """
         with self._lock:
-            pending = self._received - self._delivered - self._discarded.total()
+            pending = self._received - self._delivered - self._discarded.total() - self._spooled
             self._discarded[Discard.STOPPED.value] += pending
             self._settled = True
             return pending
@@ -127,4 +168,6 @@ class Ledger:
                 self._unheld,
                 self._torn,
                 self._orphans,
+                self._spooled,
+                self._adopted,
             )

@@ -27,6 +27,7 @@ Switch = Annotated[bool, Meta(extra={"kind": "switch"}, examples=["True", "False
 Listen = Annotated[str, Meta(extra={"kind": "listen"}, examples=["0.0.0.0:8080", "[::1]:8080", "unix:/run/p.sock"])]
 Upstream = Annotated[str, Meta(extra={"kind": "upstream"}, examples=["http://127.0.0.1:5001", "unix:/run/model.sock"])]
 StorageUrl = Annotated[str, Meta(extra={"kind": "storage_url"}, examples=["file:///var/lib/payload-logger/data"])]
+ManagementUrl = Annotated[str, Meta(extra={"kind": "management_url"})]
 DataPath = Annotated[str, Meta(extra={"kind": "data_path"}, examples=["azureml://datastores/NAME/paths/FOLDER"])]
 FilePath = Annotated[str, Meta(extra={"kind": "path"})]
 Segment = Annotated[str, Meta(extra={"kind": "segment"})]
@@ -274,9 +275,16 @@ class Storage(Struct, frozen=True, kw_only=True):
         StorageUrl,
         Meta(
             description="Root of the dataset, below which {endpoint_name}/{name}/{collection}/yyyy/MM/dd/HH/ follows: "
-            "file:///PATH (or a plain path), https://ACCOUNT.blob.core.windows.net/CONTAINER/PREFIX or azureml://…"
+            "file:///PATH (or a plain path), https://ACCOUNT.blob.core.windows.net/CONTAINER/PREFIX or "
+            "azureml://datastores/NAME/paths/FOLDER. The right to write there comes from AZURE_STORAGE_CONNECTION_STRING, "
+            "AZURE_STORAGE_KEY or AZURE_STORAGE_SAS_TOKEN in the environment (or _FILE behind the name and the path of a "
+            "file), else from the machine's identity."
         ),
     ] = "file:///var/lib/payload-logger/data"
+    ship_interval: Annotated[
+        Seconds,
+        Meta(gt=0, description="How often what was recorded is shipped to a remote destination: one append per file."),
+    ] = 2.0
 
 
 class Spool(Struct, frozen=True, kw_only=True):
@@ -290,7 +298,11 @@ class Spool(Struct, frozen=True, kw_only=True):
         ),
     ] = None
     max_bytes: Annotated[
-        Bytes, Meta(description="Disk budget. With local storage this is the size of the dataset itself. 0: no limit.")
+        Bytes,
+        Meta(
+            description="Disk budget. With local storage this is the size of the dataset itself, else of what is not "
+            "shipped yet. 0: no limit."
+        ),
     ] = 10 * GIB
     durability: Annotated[
         Durability,
@@ -311,7 +323,12 @@ class Spool(Struct, frozen=True, kw_only=True):
         Meta(description="Longest that the end of a response waits for the disk; then it leaves and is counted."),
     ] = 0.05
     roll_bytes: Annotated[
-        Bytes, Meta(ge=64 * KIB, description="A file is closed, and the next one begun, at this size.")
+        Bytes,
+        Meta(
+            ge=64 * KIB,
+            description="A file is closed, and the next one begun, at this size. When it is shipped: at a sixteenth of "
+            "max_bytes, if that is less.",
+        ),
     ] = 256 * MIB
 
 
@@ -327,12 +344,21 @@ class Admin(Struct, frozen=True, kw_only=True):
     listen: Annotated[Listen, Meta(description="Where probes and scrapes connect.")] = "127.0.0.1:8081"
 
 
+MANAGEMENT_URL = "https://management.azure.com"
+
+
 class AzureML(Struct, frozen=True, kw_only=True):
     """The workspace that the events name as their source, and that azureml:// paths without one belong to."""
 
     subscription_id: Annotated[str, Meta(description="Subscription of the workspace.")]
     resource_group: Annotated[str, Meta(description="Resource group of the workspace.")]
     workspace_name: Annotated[str, Meta(description="Name of the workspace.")]
+    management_url: Annotated[
+        ManagementUrl,
+        Meta(
+            description="Azure's control plane; sovereign clouds have their own, as https://management.usgovcloudapi.net."
+        ),
+    ] = MANAGEMENT_URL
 
 
 class Logs(Struct, frozen=True, kw_only=True):

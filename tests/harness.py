@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from proxy.app import App, places, running
+from proxy.app import App, running
 from proxy.config import load
 from proxy.ledger import Account
+from proxy.places import places
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 

@@ -321,7 +321,7 @@ RULE = "is not a path rule; use PATTERN or 'METHOD,METHOD PATTERN'; a pattern be
 RATE = "is not a rate; use a number from 0 to 1"
 SWITCH = "is not a switch; use true or false"
 WHOLE = "is not a whole number; use digits"
-SAS = "has a query; if that is a SAS it is a secret, and secrets come from the environment"
+SAS = "has a query; if that is a SAS it is a secret, and secrets come from the environment: AZURE_STORAGE_SAS_TOKEN"
 COLLECTION = "data_collector.collections.request"
 
 
@@ -812,18 +812,50 @@ def test_two_collections_with_one_root(problems: Problems, read: Load) -> None:
     read(collections(request="/a/paths/x", response="/b/paths/x"))
 
 
-def test_azure_blob_is_not_supported_yet(problems: Problems, read: Load) -> None:
-    blob = "Azure Blob destinations are not supported by this version yet; use file:///PATH"
+def test_remote_destinations(problems: Problems, read: Load) -> None:
     for url in (
         "https://a.blob.core.windows.net/c/d",
         "http://127.0.0.1:10000/devstoreaccount1/c",
-        "azureml://datastores/d/paths/p",
+        "azureml://subscriptions/S/resourcegroups/R/workspaces/W/datastores/D/paths/p",
     ):
-        assert problems(key("storage.url", url)) == [f"storage.url: '{url}': {blob}"]
-    url = "https://a.blob.core.windows.net/c"
-    assert problems(collections(request=url)) == [f"{COLLECTION}.data.path: '{url}': {blob}"]
-    read(collections(model_inputs=url))  # it is not recorded, of which there is a warning
-    read(collections(request="azureml://datastores/d/paths/p"))
+        assert read(key("storage.url", url)).settings.storage.url == url
+        assert read(collections(request=url)).settings.storage.url.startswith("file:")
+
+
+WORKSPACE = key("azureml", {"subscription_id": "s", "resource_group": "r", "workspace_name": "w"})
+
+
+def both(*texts: str) -> str:
+    """One YAML text of several with different sections."""
+    return json.dumps({name: value for text in texts for name, value in json.loads(text).items()})
+
+
+def test_a_short_datastore_url_needs_a_workspace(problems: Problems, read: Load) -> None:
+    url = "azureml://datastores/d/paths/p"
+    words = "of which workspace? Add 'azureml: {subscription_id: …, resource_group: …, workspace_name: …}'"
+    assert problems(key("storage.url", url)) == [f"storage.url: '{url}': {words}"]
+    read(both(key("storage.url", url), WORKSPACE))
+    read(collections(request=url))  # with local storage it is a folder
+    remote = key("storage.url", "https://a.blob.core.windows.net/c")
+    assert problems(both(remote, collections(request=url))) == [f"{COLLECTION}.data.path: '{url}': {words}"]
+
+
+def test_two_datastores_may_have_the_same_folder(read: Load) -> None:
+    one, other = "azureml://datastores/a/paths/x", "azureml://datastores/b/paths/x"
+    remote = key("storage.url", "https://a.blob.core.windows.net/c")
+    read(both(remote, WORKSPACE, collections(request=one, response=other)))
+
+
+def test_what_a_line_may_have_when_it_is_shipped(problems: Problems, read: Load) -> None:
+    large, limit = key("capture.max_inline_bytes", "17MiB"), key("capture.max_inline_bytes", "16MiB")
+    remote = key("storage.url", "https://a.blob.core.windows.net/c")
+    words = (
+        "17825792 is too large for lines that are shipped: a blob takes 100 MiB at once, and text may become six times "
+        "as long; use at most 16MiB"
+    )
+    assert problems(both(large, remote)) == [f"capture.max_inline_bytes: {words}"]
+    read(both(limit, remote))
+    read(large)
 
 
 HEADERS = "data_collector.request_logging.capture_headers"

@@ -264,7 +264,8 @@ class RecordedBody:
         if tee.file is not None:
             # What is too large to hold stays as it was sent, packed or not.
             packed = self._encoding is not None and codings(self._encoding) != ()
-            self._point_to(tee.file.finish(large=not packed and claim(content_type)[0] in (Kind.JSON, Kind.TEXT)))
+            large = not packed and claim(content_type)[0] in (Kind.JSON, Kind.TEXT)
+            self._point_to(tee.file.finish(self.content_type, large=large))
         elif tee.kept_bytes:
             self._hold(store, content_type, max_inline_bytes, max_decoded_bytes)
         else:
@@ -282,7 +283,9 @@ class RecordedBody:
                 if unpacked is None:  # too large for a line
                     large = claim(content_type)[0] in (Kind.JSON, Kind.TEXT)
                     counted = _Counted(decoded(self._tee.pieces, encodings, max_decoded_bytes))
-                    url = store.keep_body(self._tee.collection, self._tee.event_id, counted, large=large)
+                    url = store.keep_body(
+                        self._tee.collection, self._tee.event_id, self.content_type, counted, large=large
+                    )
                     self.kept_bytes = counted.total
                     self._point_to(url)
                     return
@@ -297,7 +300,8 @@ class RecordedBody:
             self.data, found_type = value
             self.content_type = content_type or found_type
         else:
-            self._point_to(store.keep_body(self._tee.collection, self._tee.event_id, (body,), large=False))
+            url = store.keep_body(self._tee.collection, self._tee.event_id, self.content_type, (body,), large=False)
+            self._point_to(url)
 
     def _point_to(self, url: str | None) -> None:
         if url is None:

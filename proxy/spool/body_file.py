@@ -51,13 +51,13 @@ class BodyFile:
         if self.kept_bytes:
             self._spool.hand_over(self, self._drop, 0)
 
-    def finish(self, *, large: bool) -> str | None:
+    def finish(self, content_type: str, *, large: bool) -> str | None:
         """The URL of the finished file, or None when the disk did not take it."""
         if self._part is None or self._failed:
             self._drop()
             return None
         try:
-            return self._spool.files.finish_body(self._part, self.collection, self.event_id, large=large)
+            return self._spool.files.finish_body(self._part, self.collection, self.event_id, content_type, large=large)
         except OSError:
             self._fail()
             return None

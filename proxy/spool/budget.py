@@ -40,6 +40,7 @@ class Budget:
         self._roots = tuple(roots)
         self._measured = 0
         self._written = 0  # since the measurement began
+        self._lock = threading.Lock()
         self._stop = threading.Event()
         self._refused = False
         self._worker = threading.Thread(target=self._measure, name="spool-budget", daemon=True)
@@ -67,7 +68,8 @@ class Budget:
 
     def spend(self, size: int) -> None:
         """Counts what was written; a negative size, what was removed."""
-        self._written += size
+        with self._lock:
+            self._written += size
 
     def _measure(self) -> None:
         due = time.monotonic()
@@ -77,7 +79,8 @@ class Budget:
                 before = self._written
                 measured = bytes_below(self._roots)
                 # Files written while measuring may count twice until the next time: the safe side.
-                self._measured, self._written = measured, self._written - before
+                with self._lock:
+                    self._measured, self._written = measured, self._written - before
                 due = time.monotonic() + MEASURE_SECONDS
             if self._stop.wait(MEASURE_WHEN_FULL_SECONDS):
                 return

@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from proxy.ledger import Ledger
 from proxy.settings import RollingRate
@@ -20,6 +21,8 @@ from proxy.spool.layout import Place, instance_id, partition
 from proxy.spool.recovery import Journal
 
 logger = logging.getLogger("payload_logger.spool")
+
+_T = TypeVar("_T")
 
 _FILE_MODE = 0o640
 _FOLDER_MODE = 0o750
@@ -35,8 +38,10 @@ class LineFile:
     def __init__(self, path: Path, partition_name: str) -> None:
         self.path = path
         self.partition = partition_name
-        self.length = 0
+        self.length = 0  # whole lines, for good; may be read from other threads
+        self.lines = 0
         self.torn = False
+        self.closed = False  # for good
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, _FILE_MODE)
 
     def append(self, lines: list[bytes], size: int) -> None:
@@ -54,6 +59,7 @@ class LineFile:
             except OSError:
                 self.torn = True  # nothing may follow half a line
             raise
+        self.lines += len(lines)
         self.length += size
 
     def sync(self) -> None:
@@ -67,7 +73,10 @@ class LineFile:
             return True
 
     def close(self) -> None:
-        os.close(self._fd)
+        try:
+            os.close(self._fd)
+        finally:
+            self.closed = True
 
 
 class BodyPart:
@@ -109,8 +118,10 @@ class Files:
         journal: Journal,
         budget: Budget,
         ledger: Ledger,
+        opened: Callable[[LineFile], None] | None = None,  # told of each file of a remote place
     ) -> None:
         self._places = places
+        self._opened = opened
         self._rate = rate
         self._roll_bytes = roll_bytes
         self._sync = sync
@@ -137,6 +148,16 @@ class Files:
                 if file.partition != self._partition:
                     self._close(collection)
             self._minute = minute
+
+    def retire(self, file: LineFile) -> None:
+        """Closes ``file``: what follows goes to another one."""
+        for collection, current in list(self._current.items()):
+            if current is file:
+                self._close(collection)
+
+    def is_remote(self, collection: str) -> bool:
+        """Whether a line of ``collection`` is delivered only when it is shipped."""
+        return self._places[collection].remote
 
     def append(self, collection: str, lines: list[bytes]) -> None:
         """Appends lines, all or none; a group has far fewer than IOV_MAX (1024). Raises SpoolFull or OSError.
@@ -188,11 +209,10 @@ class Files:
     def open_body(self, collection: str, event_id: str) -> BodyPart:
         place = self._places[collection]
         path = place.unfinished(self._process_id, event_id)
-        make_folders(path.parent, sync=self._sync)
         if collection not in self._noted_bodies:
             self._journal.note(place.unfinished(self._process_id, "*"))
             self._noted_bodies.add(collection)
-        return BodyPart(path)
+        return _in_folder(path.parent, lambda: BodyPart(path), sync=self._sync)
 
     def write_body(self, part: BodyPart, data: bytes) -> None:
         """Raises SpoolFull or OSError."""
@@ -201,14 +221,13 @@ class Files:
         part.write(data)
         self._budget.spend(len(data))
 
-    def finish_body(self, part: BodyPart, collection: str, event_id: str, *, large: bool) -> str:
+    def finish_body(self, part: BodyPart, collection: str, event_id: str, content_type: str, *, large: bool) -> str:
         """Gives the body its name; the URL that its line points to."""
-        path, url = self._places[collection].body(self._partition, event_id, large=large)
-        make_folders(path.parent, sync=self._sync)
+        path, url = self._places[collection].body(self._partition, event_id, content_type, large=large)
         if self._sync:
             part.sync()
         part.close()
-        part.path.rename(path)
+        _in_folder(path.parent, lambda: part.path.rename(path), sync=self._sync)
         part.path = path
         if self._sync:
             _sync_folder(path.parent)
@@ -221,14 +240,16 @@ class Files:
             part.close()
         self._remove_body(part.path, part.length)
 
-    def keep_body(self, collection: str, event_id: str, pieces: Iterable[bytes], *, large: bool) -> str | None:
+    def keep_body(
+        self, collection: str, event_id: str, content_type: str, pieces: Iterable[bytes], *, large: bool
+    ) -> str | None:
         """Writes a body that is at hand to a file of its own: its URL, or None when the disk does not take it."""
         part = None
         try:
             part = self.open_body(collection, event_id)
             for piece in pieces:
                 self.write_body(part, piece)
-            return self.finish_body(part, collection, event_id, large=large)
+            return self.finish_body(part, collection, event_id, content_type, large=large)
         except BaseException as error:
             if part is not None:
                 self.drop_body(part)
@@ -258,13 +279,16 @@ class Files:
         if path != self._noted.get(collection):  # a disk that fails is tried again and again, under the same name
             self._journal.note(path)
             self._noted[collection] = path
-        make_folders(path.parent, sync=self._sync)
         try:
-            file = self._current[collection] = LineFile(path, self._partition)
-        except FileExistsError:
-            self._number += 1  # not ours: never under this name again
+            file = _in_folder(path.parent, lambda: LineFile(path, self._partition), sync=self._sync)
+        except FileExistsError as error:
+            if error.filename == str(path):
+                self._number += 1  # not ours: never under this name again
             raise
+        self._current[collection] = file
         self._number += 1
+        if self._opened is not None and self.is_remote(collection):
+            self._opened(file)
         if self._sync:
             _sync_folder(path.parent)
         return file
@@ -281,6 +305,15 @@ class Files:
             file.close()
         except OSError as error:
             logger.error("%s: the last lines may be lost: %s.", file.path, error)
+
+
+def _in_folder(folder: Path, act: Callable[[], _T], *, sync: bool) -> _T:
+    """``act`` in ``folder``, which is made if need be; empty ones are removed now and then."""
+    try:
+        return act()
+    except (FileNotFoundError, NotADirectoryError):
+        make_folders(folder, sync=sync)
+        return act()
 
 
 def make_folders(folder: Path, *, sync: bool) -> None:

@@ -132,7 +132,7 @@ def cut_torn_line(path: Path) -> int:
         return 0
     try:
         size = os.fstat(fd).st_size
-        whole = _last_line_end(fd, size)
+        whole = last_line_end(fd, size)
         if whole < size:
             os.ftruncate(fd, whole)
         if whole == 0:
@@ -142,7 +142,8 @@ def cut_torn_line(path: Path) -> int:
         os.close(fd)
 
 
-def _last_line_end(fd: int, size: int) -> int:
+def last_line_end(fd: int, size: int) -> int:
+    """Where the last whole line in the first ``size`` bytes ends; 0: there is none."""
     end = size
     while end > 0:
         start = max(0, end - _BLOCK_BYTES)

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from proxy.ledger import Discard, Ledger
 from proxy.settings import Durability, WhenFull
 from proxy.spool.bell import Bell
-from proxy.spool.files import Files, SpoolFull
+from proxy.spool.files import Files, LineFile, SpoolFull
 
 logger = logging.getLogger("payload_logger.spool")
 
@@ -39,7 +39,9 @@ CALM_SECONDS = 0.5  # without a failure, before a disk counts as mended: one nea
 class Store(Protocol):
     """Where rendering puts bodies that don't fit in a line. ``Files`` is one."""
 
-    def keep_body(self, collection: str, event_id: str, pieces: Iterable[bytes], *, large: bool) -> str | None: ...
+    def keep_body(
+        self, collection: str, event_id: str, content_type: str, pieces: Iterable[bytes], *, large: bool
+    ) -> str | None: ...
 
 
 class Entry(Protocol):
@@ -210,6 +212,15 @@ class Spool:
         self._put(job)
         return _Room(self, body) if self._spilled_bytes > HANDOFF_BYTES else None
 
+    def retire(self, file: LineFile) -> None:
+        """Has the thread close ``file``."""
+
+        def job() -> int:
+            self.files.retire(file)
+            return 0
+
+        self._put(job)
+
     async def wait_for_room(self, body: Flow) -> None:
         """Waits until pieces of bodies may be handed over again; gives the body up when the disk makes no progress."""
         while self._spilled_bytes > HANDOFF_BYTES:
@@ -373,7 +384,10 @@ class Spool:
                     logger.exception("Events could not be written, by a defect of payload-logger; they are discarded.")
                     self.ledger.discard(Discard.RENDER_FAILED, len(group))
                 else:
-                    self.ledger.deliver(len(group))
+                    if self.files.is_remote(collection):
+                        self.ledger.keep(len(group))
+                    else:
+                        self.ledger.deliver(len(group))
                     if self._troubles and time.monotonic() - self._failed_at > CALM_SECONDS:
                         logger.warning(
                             "Recording goes on; %d events were discarded since it stopped.", self._lost_in_trouble

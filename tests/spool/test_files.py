@@ -293,7 +293,7 @@ def test_a_body_has_no_name_before_it_is_whole(bench: Bench) -> None:
     bench.files.write_body(part, b"one ")
     assert [path.name[0] for path in bench.paths(pattern="*")] == ["."]
     bench.files.write_body(part, b"two")
-    url = bench.files.finish_body(part, "request", "id", large=False)
+    url = bench.files.finish_body(part, "request", "id", "a/b", large=False)
     [path] = bench.paths(pattern="*")
     assert path.as_uri() == url
     assert path.read_bytes() == b"one two"
@@ -303,11 +303,11 @@ def test_a_body_has_no_name_before_it_is_whole(bench: Bench) -> None:
 def test_a_body_that_does_not_fit_leaves_nothing(tmp_path: Path) -> None:
     bench = Bench(tmp_path, max_bytes=10)
     bench.files.begin(NOON)
-    assert bench.files.keep_body("request", "id", [b"x" * 6, b"x" * 6], large=False) is None
+    assert bench.files.keep_body("request", "id", "a/b", [b"x" * 6, b"x" * 6], large=False) is None
     assert bench.paths(pattern="*") == []
     assert bench.budget.used_bytes == 0
     assert bench.ledger.account().bodies_cut == 1
-    assert bench.files.keep_body("request", "id", [b"x" * 10], large=False)
+    assert bench.files.keep_body("request", "id", "a/b", [b"x" * 10], large=False)
     bench.files.close()
 
 
@@ -317,7 +317,7 @@ def test_a_defect_while_a_body_is_made_leaves_nothing(bench: Bench) -> None:
         raise ValueError("a defect")
 
     with pytest.raises(ValueError, match="a defect"):
-        bench.files.keep_body("request", "id", pieces(), large=False)
+        bench.files.keep_body("request", "id", "a/b", pieces(), large=False)
     assert bench.paths(pattern="*") == []
 
 
@@ -326,13 +326,13 @@ def test_a_body_goes_with_its_line(tmp_path: Path, *, large: bool) -> None:
     """When the disk takes the body but no line that points to it, the body would only keep it full."""
     bench = Bench(tmp_path, max_bytes=100)
     bench.files.begin(NOON)
-    assert bench.files.keep_body("request", "lost", [b"x" * 95], large=large)
+    assert bench.files.keep_body("request", "lost", "a/b", [b"x" * 95], large=large)
     with pytest.raises(SpoolFull):
         bench.files.append("request", [LINE])
     assert [path for path in (tmp_path / "data").rglob("*") if path.is_file()] == []
     assert bench.budget.used_bytes == 0
 
-    assert bench.files.keep_body("request", "kept", [b"x" * 80], large=large)
+    assert bench.files.keep_body("request", "kept", "a/b", [b"x" * 80], large=large)
     bench.files.append("request", [LINE])
     with pytest.raises(SpoolFull):
         bench.files.append("request", [LINE * 10])
@@ -344,9 +344,9 @@ def test_a_body_that_could_not_be_named_is_closed_once(bench: Bench) -> None:
     """The second time it would close whatever has got the same number meanwhile: a client's connection."""
     part = bench.files.open_body("request", "id")
     bench.files.write_body(part, b"body")
-    bench.places["request"].body("2026/11/22/12", "id", large=False)[0].mkdir(parents=True)
+    bench.places["request"].body("2026/11/22/12", "id", "a/b", large=False)[0].mkdir(parents=True)
     with pytest.raises(OSError, match="directory"):
-        bench.files.finish_body(part, "request", "id", large=False)
+        bench.files.finish_body(part, "request", "id", "a/b", large=False)
     other = os.open(os.devnull, os.O_RDONLY)
     try:
         bench.files.drop_body(part)
@@ -358,7 +358,7 @@ def test_a_body_that_could_not_be_named_is_closed_once(bench: Bench) -> None:
 
 def test_the_journal_does_not_grow_with_bodies(bench: Bench) -> None:
     for number in range(100):
-        assert bench.files.keep_body("request", f"{number}", [b"x"], large=False)
+        assert bench.files.keep_body("request", f"{number}", "a/b", [b"x"], large=False)
     assert bench.journal.path.stat().st_size < 500
 
 
@@ -366,7 +366,7 @@ def test_bodies_that_a_dead_process_did_not_finish_are_removed(tmp_path: Path) -
     program = (
         "import os, sys; from pathlib import Path; from tests.spool.workbench import Bench\n"
         "bench = Bench(Path(sys.argv[1])); bench.files.begin(1_795_348_800.0)\n"
-        "bench.files.keep_body('request', 'whole', [b'x'], large=False); bench.files.append('request', [b'1\\n'])\n"
+        "bench.files.keep_body('request', 'whole', 'a/b', [b'x'], large=False); bench.files.append('request', [b'1\\n'])\n"
         "for number in range(3): bench.files.write_body(bench.files.open_body('request', str(number)), b'x')\n"
         "os._exit(9)"
     )
@@ -388,8 +388,8 @@ def test_others_can_not_read_the_dataset(tmp_path: Path) -> None:
         bench = Bench(tmp_path / "root")
         bench.files.begin(NOON)
         bench.files.append("request", [LINE])
-        bench.files.keep_body("request", "small", [b"x"], large=False)
-        bench.files.keep_body("request", "large", [b"x"], large=True)
+        bench.files.keep_body("request", "small", "a/b", [b"x"], large=False)
+        bench.files.keep_body("request", "large", "a/b", [b"x"], large=True)
         made = list(bench.places["request"].root.rglob("*")) + list(bench.places["request"].large_root.rglob("*"))
         modes = {path: stat.S_IMODE(path.stat().st_mode) for path in [*made, bench.journal.path]}
         bench.files.close()

@@ -53,13 +53,13 @@ def test_no_two_processes_share_a_name() -> None:
 
 
 def test_a_binary_body_is_beside_its_line() -> None:
-    path, url = PLACE.body("2026/11/22/16", "abc", large=False)
+    path, url = PLACE.body("2026/11/22/16", "abc", "a/b", large=False)
     assert path == Path("/d/e/n/request/2026/11/22/16/abc")
     assert url == path.as_uri()
 
 
 def test_a_large_body_leaves_the_collection_out() -> None:
-    path, url = PLACE.body("2026/11/22/16", "abc", large=True)
+    path, url = PLACE.body("2026/11/22/16", "abc", "a/b", large=True)
     assert path == Path("/d/e/n/2026/11/22/16/abc.jsonl")
     assert url == path.as_uri()
 

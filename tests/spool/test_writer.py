@@ -472,7 +472,7 @@ async def test_a_body_in_a_file_of_its_own_is_there_before_the_release(tmp_path:
     class WithBody(Exchange):
         def render(self, store: object) -> list[tuple[str, bytes]]:
             assert isinstance(store, Files)
-            url = store.keep_body("request", f"{self.number}", [b"x" * 1000], large=False)
+            url = store.keep_body("request", f"{self.number}", "a/b", [b"x" * 1000], large=False)
             return [("request", f'"{url}"\n'.encode())]
 
     async with spool(tmp_path, durability=durability, max_hold_seconds=30) as s:

@@ -1,0 +1,1 @@
+"""Mirrors the files of the spool into their destination. Knows nothing of traffic."""

@@ -1,0 +1,90 @@
+"""The secrets of storage accounts that the environment holds, for those that don't use an identity. Pure, but for reading files.
+
+The names are those of Azure's command line: AZURE_STORAGE_CONNECTION_STRING, AZURE_STORAGE_KEY, AZURE_STORAGE_SAS_TOKEN.
+With ``_FILE`` appended they name a file that holds the value, as secrets are mounted in containers; it is read again
+when the destination refuses the secret.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from proxy.shipping.destination import Container
+from proxy.shipping.store import NotNow
+
+CONNECTION_STRING = "AZURE_STORAGE_CONNECTION_STRING"
+KEY = "AZURE_STORAGE_KEY"
+SAS_TOKEN = "AZURE_STORAGE_SAS_TOKEN"  # noqa: S105
+_EMULATOR_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="  # published
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Secret:
+    """An account key or a SAS, and the name of the variable that it comes from. Its value is never shown."""
+
+    source: str
+    account_key: str | None = None
+    sas_token: str | None = None
+
+    def __repr__(self) -> str:
+        return f"Secret({self.source})"
+
+
+def secret(environ: Mapping[str, str], container: Container) -> Secret | None:
+    """The secret for ``container``; None: an identity is to be used. Raises NotNow when what is there can't be used."""
+    for name, read in ((CONNECTION_STRING, _from_connection_string), (KEY, _from_key), (SAS_TOKEN, _from_sas)):
+        value, source = _value(environ, name)
+        if value:
+            return read(value, source, container)
+    return None
+
+
+def _value(environ: Mapping[str, str], name: str) -> tuple[str, str]:
+    if environ.get(name, "").strip():
+        return environ[name].strip(), name
+    file = environ.get(f"{name}_FILE", "")
+    if not file:
+        return "", name
+    try:
+        return Path(file).read_text().strip(), f"{name}_FILE"
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise NotNow("identity", f"{name}_FILE: can't read {file}: {reason}.") from None
+
+
+def _from_connection_string(text: str, source: str, container: Container) -> Secret:
+    parts = {}
+    for part in filter(None, map(str.strip, text.split(";"))):
+        key, separator, value = part.partition("=")
+        if not separator:
+            raise NotNow("identity", f"{source} is no connection string: it has to be NAME=VALUE;NAME=VALUE;…")
+        parts[key.strip().lower()] = value.strip()
+    if parts.get("usedevelopmentstorage", "").lower() == "true":
+        parts = {"accountname": "devstoreaccount1", "accountkey": _EMULATOR_KEY}
+    account = parts.get("accountname")
+    if account is not None and account != container.account:
+        raise NotNow("identity", f"{source} is for the account {account!r}, the destination is {container.url}.")
+    if parts.get("accountkey"):
+        return _from_key(parts["accountkey"], source, container)
+    if parts.get("sharedaccesssignature"):
+        return _from_sas(parts["sharedaccesssignature"], source, container)
+    raise NotNow("identity", f"{source} has neither AccountKey nor SharedAccessSignature.")
+
+
+def _from_key(text: str, source: str, _container: Container) -> Secret:
+    try:
+        base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise NotNow("identity", f"{source} is no account key: it has to be base64, as the portal shows it.") from None
+    return Secret(source, account_key=text)
+
+
+def _from_sas(text: str, source: str, _container: Container) -> Secret:
+    token = text.partition("?")[2] or text
+    if "sig=" not in token:
+        raise NotNow("identity", f"{source} is no SAS: it has to be sv=…&sig=…, as the portal shows it.")
+    return Secret(source, sas_token=token)

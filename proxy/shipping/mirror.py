@@ -1,0 +1,223 @@
+"""One file of lines and the append blob that mirrors it. The length of the blob is the state; there is no other.
+
+A block of whole lines is appended on the condition that the blob ends where the block begins in the file. When it is
+not known whether that worked, the same is sent again: if the blob is longer by then, it is read, and what is in it
+tells whether it is ours. A blob in which somebody else wrote, or that somebody deleted, is never written again: the
+rest of the file goes on under a new name. The file is renamed for that, to
+``{instance}@{bytes that are elsewhere}@{new instance}.jsonl``, so that it is done in one step, and known after a crash.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from proxy.shipping.store import (
+    MAX_APPEND_BYTES,
+    AbsentError,
+    BlobFullError,
+    NotNow,
+    OtherBlobError,
+    PositionTakenError,
+    Store,
+)
+from proxy.spool.files import LineFile
+from proxy.spool.layout import instance_id, new_process_id
+from proxy.spool.recovery import last_line_end
+
+FULL_BLOCKS = 40_000  # a blob takes 50,000; the file is to be closed by then
+CHECKED_BYTES = 64 * 1024  # how much of a blob's end is compared before it is continued after a restart
+_READ_BYTES = 1024 * 1024
+_NAME = re.compile(r"([0-9a-f]{38})(?:@([0-9]+)@([0-9a-f]{38}))?\.jsonl")
+
+
+class BlobLostError(Exception):
+    """The blob can't be continued: the file's bytes from ``at`` on have to go to another one. The text says why."""
+
+    def __init__(self, at: int, why: str) -> None:
+        super().__init__(why)
+        self.at = at
+
+
+class Mirror:
+    """``file`` is given while this process writes it; else nobody does.
+
+    Opening it raises OSError; BlockingIOError: another process ships it.
+    ``delivered`` is told of the number of lines that are known to be in the blob, those from before not counted.
+    """
+
+    def __init__(
+        self, store: Store, folder: str, path: Path, delivered: Callable[[int], None], file: LineFile | None = None
+    ) -> None:
+        found = _NAME.fullmatch(path.name)
+        if found is None:
+            raise ValueError(path.name)
+        self._instance, base, renamed = found.groups()
+        self.path = path
+        self.file = file
+        self.name = f"{folder}{renamed or self._instance}.jsonl"
+        self.roll_at: int | None = None
+        self.blocks = 0
+        self._base = int(base or 0)  # bytes of the file that are in other blobs
+        self._position = self._base if file is not None else None  # the blob holds the file up to here; None: see there
+        self._found = False
+        self._store = store
+        self._folder = folder
+        self._delivered = delivered
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._fd)
+            raise
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    @property
+    def length(self) -> int:
+        """Bytes of whole lines in the file."""
+        return self.file.length if self.file is not None else os.fstat(self._fd).st_size
+
+    @property
+    def closed(self) -> bool:
+        """Whether the file has its last line."""
+        return self.file is None or self.file.closed
+
+    @property
+    def left_bytes(self) -> int:
+        return self.length - (self._base if self._position is None else self._position)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the blobs hold all that there will ever be."""
+        return self.closed and not self.left_bytes
+
+    async def ship(self, until: int) -> None:
+        """Brings the blob nearer to the file's first ``until`` bytes, by one append at most. Raises NotNow and BlobLostError."""
+        if not self._found:
+            await self._find()
+        position = self._position
+        if position is None or position >= until:
+            return
+        block = self._block(position, until)
+        try:
+            await self._store.append(self.name, block, position - self._base)
+        except PositionTakenError:
+            await self._find()
+            if self._position == position:
+                raise NotNow("busy", f"{self.name}: the append was refused, and the blob has not changed.") from None
+        except (AbsentError, OtherBlobError):
+            if position > self._base:
+                raise BlobLostError(position, "somebody deleted it") from None
+            self._found = False
+            raise NotNow("busy", f"{self.name} vanished as it was made.") from None
+        except BlobFullError:
+            raise BlobLostError(position, "it has as many blocks as a blob can have") from None
+        else:
+            self.blocks += 1
+            self._position = position + len(block)
+            self._delivered(block.count(b"\n"))
+
+    def roll(self) -> None:
+        """Goes on in a new blob from ``roll_at``. The file must be closed. Raises OSError."""
+        at = self._base if self.roll_at is None else self.roll_at
+        instance = instance_id(new_process_id(), 1)
+        path = self.path.with_name(f"{self._instance}@{at}@{instance}.jsonl")
+        self.path.rename(path)
+        self.path = path
+        self.name = f"{self._folder}{instance}.jsonl"
+        self._base = self._position = at
+        self._found = False
+        self.blocks = 0
+        self.roll_at = None
+
+    # --- where the blob ends ---
+
+    async def _find(self) -> None:
+        known = self._position
+        try:
+            blob = await self._store.look(self.name)
+        except OtherBlobError:
+            raise BlobLostError(
+                self._base if known is None else known, "somebody put another kind of blob there"
+            ) from None
+        if blob is None:
+            if known is not None and known > self._base:
+                raise BlobLostError(known, "somebody deleted it")
+            await self._store.create(self.name)
+            self._position, self._found = self._base, True
+            return
+        ends = self._base + blob.length
+        if known is not None and ends < known:
+            raise BlobLostError(known, "somebody made it shorter")
+        shared = min(ends, self.length)
+        start = max(self._base, ends - CHECKED_BYTES) if known is None else known
+        same = await self._same(min(start, shared), shared)
+        if same < shared and known is None:
+            same = await self._same(self._base, shared)
+        if same < shared or (ends > shared and not self.closed):
+            at = max(last_line_end(self._fd, same), self._base if known is None else known)
+            self._advance(at)
+            raise BlobLostError(at, "somebody else wrote in it")
+        self.blocks = blob.blocks
+        self._advance(shared)
+        self._found = True
+
+    def _advance(self, position: int) -> None:
+        """The blob is known to hold the file up to ``position``."""
+        if self._position is not None and position > self._position:
+            self._delivered(self._lines(self._position, position))
+        self._position = position
+
+    async def _same(self, start: int, end: int) -> int:
+        """Up to where, between ``start`` and ``end``, the blob has what the file has."""
+        while start < end:
+            size = min(_READ_BYTES, end - start)
+            ours = os.pread(self._fd, size, start)
+            try:
+                theirs = await self._store.read(self.name, start - self._base, size)
+            except AbsentError:
+                return start
+            if ours != theirs:
+                return start + next(
+                    (index for index, (our, their) in enumerate(zip(ours, theirs, strict=False)) if our != their),
+                    min(len(ours), len(theirs)),
+                )
+            start += size
+        return start
+
+    # --- the file ---
+
+    def _block(self, start: int, until: int) -> bytes:
+        """The next whole lines: as many as fit in one append, at least one."""
+        block = os.pread(self._fd, min(MAX_APPEND_BYTES, until - start), start)
+        if start + len(block) == until:
+            return block
+        end = block.rfind(b"\n") + 1
+        if end:
+            return block[:end]
+        parts = [block]
+        start += len(block)
+        while start < until and not end:
+            part = os.pread(self._fd, min(_READ_BYTES, until - start), start)
+            end = part.find(b"\n") + 1
+            parts.append(part[:end] if end else part)
+            start += len(part)
+        return b"".join(parts)
+
+    def _lines(self, start: int, end: int) -> int:
+        lines = 0
+        while start < end:
+            part = os.pread(self._fd, min(_READ_BYTES, end - start), start)
+            if not part:
+                break
+            lines += part.count(b"\n")
+            start += len(part)
+        return lines

@@ -1,0 +1,455 @@
+"""Brings what is in the spool to its destination, and removes it there. Runs in a thread with an event loop of its own.
+
+Each container has a lane, which goes through its part of the spool every ``interval``: first it notes how long the
+files of lines are, then it ships the bodies in sight, then the lines up to the noted lengths. A body gets its name
+before its line is written, so that no line arrives before the body that it points to. What can't be shipped stays
+where it is, and is tried again for as long as it takes; a lane that fails keeps no other one waiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote
+
+from proxy.ledger import Discard, Ledger
+from proxy.shipping import destination
+from proxy.shipping.destination import Datastore, Destination
+from proxy.shipping.mirror import FULL_BLOCKS, BlobLostError, Mirror
+from proxy.shipping.store import NotNow, OtherBlobError, Store
+from proxy.spool import recovery
+from proxy.spool.budget import Budget
+from proxy.spool.files import LineFile
+from proxy.spool.layout import lines_process, shipped_body
+
+logger = logging.getLogger("payload_logger.shipping")
+
+FILES_AT_ONCE = 3  # appends in flight, of up to 4 MiB each
+BODIES_AT_ONCE = 8  # puts of small bodies in flight
+SMALL_BYTES = 256 * 1024
+MIRRORS = 64  # files of lines that a lane has open
+FIRST_RETRY_SECONDS = 0.5
+LONGEST_RETRY_SECONDS = 30.0
+LONGEST_RETRY_AFTER_SECONDS = 300.0
+ADOPT_SECONDS = 5.0  # how often it is looked for what other processes left
+EMPTY_SECONDS = 3600.0  # a folder that was empty for so long is removed
+
+PASSING = frozenset({"busy", "server", "timeout", "unreachable"})  # reasons that are news only when they last
+TOLD_AFTER = 3  # failures in a row
+
+OpenStore = Callable[[Destination, str | None], Store]
+Chore = Callable[[], Awaitable[None]]
+
+
+@dataclass(slots=True)
+class Backoff:
+    """How long to wait after a failure: twice as long each time, up to half a minute, of that a random part."""
+
+    failures: int = 0
+
+    def seconds(self, retry_after_seconds: float = 0.0) -> float:
+        """After one more failure. Never less than the destination asked for (within reason)."""
+        limit: float = min(LONGEST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2 ** min(self.failures, 16))
+        self.failures += 1
+        jitter: float = random.uniform(0.5, 1)  # noqa: S311
+        return min(retry_after_seconds, LONGEST_RETRY_AFTER_SECONDS) + limit * jitter
+
+
+@dataclass(frozen=True, slots=True)
+class LaneState:
+    """A lane as it is. ``trouble`` is the reason of a failure that lasts."""
+
+    url: str
+    trouble: str | None
+    words: str | None
+
+
+class Lane:
+    """One container, or one datastore that leads to a container, and the folder of the spool that stands for it."""
+
+    def __init__(self, shipper: Shipper, folder: Path, url: str) -> None:
+        self.folder = folder
+        self.url = url
+        self.files: deque[LineFile] = deque()  # of this process, not yet open here
+        self.trouble: NotNow | None = None
+        self._told: str | None = None  # the reason that the log knows
+        self._shipper = shipper
+        self._destination = destination.parse(url)[0]
+        self._mirrors: dict[Path, Mirror] = {}
+        self._backoff = Backoff()
+        self._appends = asyncio.Semaphore(FILES_AT_ONCE)
+        self._puts = asyncio.Semaphore(BODIES_AT_ONCE)
+
+    async def run(self) -> None:
+        """Goes through the lane again and again, until the shipper stops."""
+        pause = self._shipper.interval_seconds * random.random()  # noqa: S311 - so that replicas don't come all at once
+        while not await self._shipper.stopped_within(pause):
+            pause = await self.turn()
+
+    async def turn(self) -> float:
+        """Ships what is there; the seconds until the next turn."""
+        try:
+            adopted = await self._ship()
+        except NotNow as error:
+            self.trouble = error
+            pause = self._backoff.seconds(error.retry_after_seconds)
+            self._tell(error)
+            return pause
+        except Exception:
+            logger.exception("%s: shipping failed by a defect of payload-logger; nothing is lost.", self.url)
+            return self._backoff.seconds()
+        if self._told is not None:
+            logger.warning("%s: shipping goes on.", self.url)
+            self._told = None
+        self.trouble = None
+        self._backoff.failures = 0
+        return 0.0 if adopted else self._shipper.interval_seconds
+
+    def close(self) -> None:
+        for mirror in self._mirrors.values():
+            mirror.close()
+        self._mirrors.clear()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether all that is known of is shipped."""
+        return not self.files and not any(mirror.left_bytes for mirror in self._mirrors.values())
+
+    def _tell(self, error: NotNow) -> None:
+        if error.reason != self._told and (error.reason not in PASSING or self._backoff.failures >= TOLD_AFTER):
+            self._told = error.reason
+            logger.error(
+                "%s: nothing can be shipped there now: %s What is recorded stays in %s; it is tried again and again.",
+                self.url,
+                error.words,
+                self.folder,
+            )
+
+    async def _ship(self) -> bool:
+        """Ships what is in sight; whether files of other processes were taken over, to be shipped the next time."""
+        adopted = False
+        self._open_own()
+        noted = {mirror: mirror.length for mirror in self._mirrors.values()}
+        bodies: set[asyncio.Task[None]] = set()
+        try:
+            for path in self._walk(self.folder):
+                body = shipped_body(path.name)
+                if body is not None:
+                    await self._puts.acquire()
+                    task = asyncio.create_task(self._ship_body(path, *body))
+                    bodies.add(task)
+                    task.add_done_callback(lambda _: self._puts.release())
+                    self._raise_failed(bodies)
+                elif lines_process(path.name) is not None:
+                    adopted |= self._adopt(path)
+            await _all(bodies)
+        finally:
+            for task in bodies:
+                task.cancel()
+        await _all({asyncio.create_task(self._ship_lines(mirror, until)) for mirror, until in noted.items()})
+        return adopted
+
+    def _raise_failed(self, tasks: set[asyncio.Task[None]]) -> None:
+        """Raises what a finished task failed with; forgets the others that have finished."""
+        for task in [task for task in tasks if task.done()]:
+            tasks.discard(task)
+            task.result()
+
+    # --- lines ---
+
+    def _open_own(self) -> None:
+        while self.files and len(self._mirrors) < MIRRORS:
+            file = self.files[0]
+            store = self._store(file.path)
+            self.files.popleft()
+            try:
+                mirror = Mirror(
+                    store, self._blob_name(file.path.parent, "/"), file.path, self._shipper.ledger.ship, file
+                )
+            except FileNotFoundError:
+                if not self._shipper.stopping:  # else another process may have adopted it
+                    self._shipper.ledger.lose(Discard.SPOOL_DELETED, file.lines)
+                    logger.error("%s was deleted before it was shipped; its lines are lost, and counted.", file.path)
+                continue
+            except BlockingIOError:
+                continue
+            self._mirrors[file.path] = mirror
+
+    def _adopt(self, path: Path) -> bool:
+        """Takes over a file of a process that has ended; whether it did."""
+        process = lines_process(path.name)
+        if path in self._mirrors or len(self._mirrors) >= MIRRORS or process == self._shipper.process_id:
+            return False
+        if (self._shipper.spool / f"{process}.journal").exists():
+            return False  # it lives, or its files are not in order yet
+        store = self._store(path)
+        try:
+            mirror = Mirror(store, self._blob_name(path.parent, "/"), path, self._shipper.ledger.adopt)
+        except (FileNotFoundError, BlockingIOError):
+            return False
+        self._mirrors[path] = mirror
+        return True
+
+    async def _ship_lines(self, mirror: Mirror, until: int) -> None:
+        async with self._appends:
+            try:
+                if mirror.roll_at is None:
+                    await self._append_all(mirror, until)
+            except BlobLostError as error:
+                mirror.roll_at = error.at
+                logger.error(
+                    "%s/%s: %s. It is left as it is; what follows goes to a new file.", self.url, mirror.name, error
+                )
+            if (
+                mirror.file is not None
+                and not mirror.closed
+                and (mirror.roll_at is not None or mirror.blocks >= FULL_BLOCKS)
+            ):
+                self._shipper.retire(mirror.file)
+            elif mirror.closed:
+                self._close(mirror)
+
+    async def _append_all(self, mirror: Mirror, until: int) -> None:
+        left = mirror.left_bytes
+        while left > 0 and mirror.length - left < until:
+            await mirror.ship(until)
+            left = mirror.left_bytes
+
+    def _close(self, mirror: Mirror) -> None:
+        """Removes the file if it is shipped; begins the next blob if this one is lost."""
+        if mirror.is_done:
+            length = os.fstat(mirror.fileno()).st_size
+            with contextlib.suppress(FileNotFoundError):
+                mirror.path.unlink()
+                self._shipper.budget.spend(-length)
+            self._forget(mirror)
+        elif mirror.roll_at is not None:
+            self._mirrors = {path: one for path, one in self._mirrors.items() if one is not mirror}
+            mirror.roll()
+            self._mirrors[mirror.path] = mirror
+
+    def _forget(self, mirror: Mirror) -> None:
+        mirror.close()
+        self._mirrors = {path: one for path, one in self._mirrors.items() if one is not mirror}
+
+    # --- bodies ---
+
+    async def _ship_body(self, path: Path, name: str, content_type: str) -> None:
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            size = os.stat(path).st_size  # noqa: PTH116 - short
+            store = self._store(path)
+            blob = self._blob_name(path.parent, "/") + name
+            async with contextlib.nullcontext() if size <= SMALL_BYTES else self._appends:
+                try:
+                    await store.put(blob, path, content_type)
+                except OtherBlobError:
+                    raise NotNow(
+                        "conflict", f"{blob} is a blob of another kind, which somebody else put there; remove it."
+                    ) from None
+            os.unlink(path)  # noqa: PTH108
+            self._shipper.budget.spend(-size)
+
+    # --- the folder ---
+
+    def _walk(self, folder: Path) -> Iterator[Path]:
+        """The files below ``folder``; removes folders that have long been empty."""
+        with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+            empty = True
+            for entry in entries:
+                empty = False
+                if entry.is_dir(follow_symlinks=False):
+                    yield from self._walk(Path(entry.path))
+                else:
+                    yield Path(entry.path)
+            if empty and time.time() - folder.stat().st_mtime > EMPTY_SECONDS:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+
+    def _blob_name(self, folder: Path, end: str) -> str:
+        """The name in the container of what stands for ``folder``."""
+        parts = folder.relative_to(self.folder).parts
+        if isinstance(self._destination, Datastore):
+            parts = parts[1:]  # "paths"
+        return unquote("/".join(parts)) + end if parts else ""
+
+    def _store(self, path: Path) -> Store:
+        return self._shipper.store(self._destination, path)
+
+
+async def _all(tasks: set[asyncio.Task[None]]) -> None:
+    """Waits for all, then raises what the first one failed with."""
+    if not tasks:
+        return
+    done, _ = await asyncio.wait(tasks)
+    for error in [task.exception() for task in done]:
+        if error is not None:
+            raise error
+
+
+class Shipper:
+    """``start`` and ``finish`` are for the proxy's event loop, ``track`` is for the writer thread."""
+
+    def __init__(
+        self,
+        spool: Path,
+        *,
+        process_id: str,
+        urls: Mapping[str, str | None],
+        open_store: OpenStore,
+        close: Callable[[], Awaitable[None]],
+        chores: Sequence[Chore] = (),
+        retire: Callable[[LineFile], None],
+        ledger: Ledger,
+        budget: Budget,
+        interval_seconds: float,
+    ) -> None:
+        """``urls`` are the roots that this process writes to, and the client id of the identity for each.
+
+        ``open_store``, ``close`` and ``chores`` (each done once, as soon as it works) are called in the shipper's thread.
+        """
+        self.spool = spool
+        self.process_id = process_id
+        self.ledger = ledger
+        self.budget = budget
+        self.retire = retire
+        self.interval_seconds = interval_seconds
+        self.stopping = False
+        self._roots = {destination.folder(spool, url): client_id for url, client_id in urls.items()}
+        self._open_store = open_store
+        self._close = close
+        self._chores = chores
+        self._stores: dict[tuple[Destination, str | None], Store] = {}
+        self._lanes: dict[Path, Lane] = {}
+        self._opened: deque[LineFile] = deque()
+        self._worker = threading.Thread(target=self._run, name="shipper", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop: asyncio.Event | None = None
+        self._finish_by = 0.0
+        self._started = threading.Event()
+
+    def track(self, file: LineFile) -> None:
+        """``file`` was begun."""
+        self._opened.append(file)
+
+    def start(self) -> None:
+        self._worker.start()
+
+    async def finish(self, timeout_seconds: float) -> None:
+        """Ships what is left, for ``timeout_seconds`` at most, and ends. The rest stays for the next process."""
+        self._finish_by = time.monotonic() + timeout_seconds
+        self.stopping = True
+        await asyncio.to_thread(self._started.wait)
+        if self._loop is not None and self._stop is not None:
+            with contextlib.suppress(RuntimeError):  # it has ended by itself
+                self._loop.call_soon_threadsafe(self._stop.set)
+        await asyncio.to_thread(self._worker.join, timeout_seconds + 2)
+
+    def states(self) -> list[LaneState]:
+        """May be called from any thread."""
+        return [
+            LaneState(lane.url, trouble.reason if trouble else None, trouble.words if trouble else None)
+            for lane, trouble in [(lane, lane.trouble) for lane in list(self._lanes.values())]
+        ]
+
+    # --- in the thread ---
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._work())
+        except Exception:
+            logger.exception(
+                "Shipping has ended, by a defect of payload-logger; what is recorded stays in %s.", self.spool
+            )
+        finally:
+            self._started.set()
+
+    async def _work(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        self._started.set()
+        tasks = {asyncio.create_task(self._do(chore)) for chore in self._chores}
+        try:
+            while True:
+                for lane in self._new_lanes():
+                    tasks.add(asyncio.create_task(lane.run()))
+                if await self.stopped_within(min(ADOPT_SECONDS, self.interval_seconds)):
+                    break
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(self._loop.time() + self._finish_by - time.monotonic()):
+                    await _all(tasks)
+                    self._new_lanes()
+                    await asyncio.gather(*(self._finish(lane) for lane in self._lanes.values()))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for lane in self._lanes.values():
+                lane.close()
+            for store in self._stores.values():
+                await store.close()
+            await self._close()
+
+    async def _finish(self, lane: Lane) -> None:
+        """One turn more, and while it brings the end nearer, further ones."""
+        await lane.turn()
+        while lane.trouble is None and not lane.is_empty:
+            await lane.turn()
+
+    async def stopped_within(self, seconds: float) -> bool:
+        """Waits for ``seconds``, or until the shipper is to stop; whether it is."""
+        assert self._stop is not None  # noqa: S101
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._stop.wait()
+        return self._stop.is_set()
+
+    def _new_lanes(self) -> list[Lane]:
+        """Puts in order what processes left that have died; hands the new files to their lanes; the lanes that are new."""
+        try:
+            recovered = recovery.recover(self.spool)
+        except OSError as error:
+            logger.warning("%s could not be looked through: %s.", self.spool, error)
+        else:
+            if recovered.processes:
+                self.ledger.recover(torn=recovered.torn, orphans=recovered.orphans)
+        new = []
+        for folder, url in destination.destinations(self.spool):
+            if folder not in self._lanes:
+                self._lanes[folder] = lane = Lane(self, folder, url)
+                new.append(lane)
+        while self._opened:
+            file = self._opened.popleft()
+            next(lane for folder, lane in self._lanes.items() if file.path.is_relative_to(folder)).files.append(file)
+        return new
+
+    def store(self, place: Destination, path: Path) -> Store:
+        """The store of ``place``, with the identity that the settings have for ``path``."""
+        client_id = next((one for root, one in self._roots.items() if path.is_relative_to(root)), None)
+        key = (place, client_id)
+        if key not in self._stores:
+            self._stores[key] = self._open_store(place, client_id)
+        return self._stores[key]
+
+    async def _do(self, chore: Chore) -> None:
+        """Until it works, or the shipper stops."""
+        backoff = Backoff()
+        told = None
+        pause = 0.0
+        while not await self.stopped_within(pause):
+            try:
+                await chore()
+                return
+            except NotNow as error:
+                if error.reason != told:
+                    logger.warning("%s It is tried again and again; nothing waits for it.", error.words)
+                told = error.reason
+                pause = backoff.seconds(error.retry_after_seconds)
