@@ -58,9 +58,14 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser(
         "check",
         help="check a configuration",
-        description="Checks a configuration and says what it means; changes nothing.",
+        description="Checks a configuration and says what it means; changes nothing (but see --connect).",
     )
     _add_settings(check)
+    check.add_argument(
+        "--connect",
+        action="store_true",
+        help="also try the model server, the folders and the destination (writes and removes a probe)",
+    )
     check.set_defaults(command=_check)
 
     reference = commands.add_parser("schema", help="print the JSON Schema of the configuration")
@@ -174,10 +179,24 @@ def _check(options: argparse.Namespace) -> int:
     print(f"listen     {settings.proxy.listen}")
     print(f"upstream   {settings.proxy.upstream}")
     for name, place in places(settings).items():
-        print(f"{name:<10} {place.root}/{FOLDERS[settings.data_collector.rolling_rate]}/*.jsonl")
-    print(f"locks      {spool_path(settings)}")
+        root = place.root_url if place.remote else place.root
+        print(f"{name:<10} {root}/{FOLDERS[settings.data_collector.rolling_rate]}/*.jsonl")
+    print(
+        f"{'spool' if any(place.remote for place in places(settings).values()) else 'locks':<10} {spool_path(settings)}"
+    )
     print("The configuration is valid.")
-    return 0
+    return run_loop(_connect(settings)) if options.connect else 0
+
+
+async def _connect(settings: Settings) -> int:
+    from proxy.connect import findings
+
+    good = True
+    async for finding in findings(settings):
+        print(finding, flush=True)
+        good &= finding.good is not False
+    print("All of it works." if good else "Not all of it works.")
+    return 0 if good else 1
 
 
 def _schema(options: argparse.Namespace) -> int:

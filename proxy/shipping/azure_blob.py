@@ -8,12 +8,17 @@ https://learn.microsoft.com/rest/api/storageservices/blob-service-error-codes
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import json
 import logging
 import os
 import re
+import time
+import uuid
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
@@ -35,6 +40,7 @@ if TYPE_CHECKING:
     from azure.core.exceptions import AzureError, HttpResponseError
     from azure.storage.blob.aio import BlobClient, ContainerClient
 
+STORAGE_SCOPE = "https://storage.azure.com/.default"
 CONNECT_SECONDS = 10
 READ_SECONDS = 60
 CALL_SECONDS = 90.0  # one call, however the connection behaves
@@ -91,6 +97,10 @@ class Azure:
     def control_plane(self, client_id: str | None) -> ControlPlane:
         """Azure ML's, with the identity of ``client_id``."""
         return ControlPlane(lambda scope: self.token(scope, client_id), self._management_url)
+
+    async def who(self, client_id: str | None) -> str:
+        """Whom the identity resolves to, by the claims of its token. Raises NotNow."""
+        return _who(await self.token(STORAGE_SCOPE, client_id))
 
     async def close(self) -> None:
         for identity in self._identities.values():
@@ -158,10 +168,35 @@ class AzureBlobStore:
                 file.seek(0)
             raise NotNow("container", f"there is no container {self.url}; it was made, and has vanished again.")
 
-    async def remove(self, name: str) -> None:
-        """Removes a blob that this process made."""
-        async with self._blob(name) as blob:
-            await blob.delete_blob()
+    async def probe(self, folder: str) -> tuple[float, str]:
+        """Makes an append blob in ``folder``, appends to it, reads it and removes it. Raises NotNow.
+
+        Returns by how many seconds this machine's clock is ahead, and in words what could not be removed.
+        """
+        name = f"{folder}.payload-logger-probe-{uuid.uuid4()}"
+        line = b"payload-logger\n"
+        answered: list[float] = []
+        try:
+            await self.look(name)  # makes the container if need be
+            await self.create(name)
+            await self.append(name, line, 0)
+            if await self.read(name, 0, len(line)) != line:
+                raise NotNow("unexpected", f"{name} does not hold what was appended to it.")
+        except (PositionTakenError, AbsentError, BlobFullError, OtherBlobError) as error:
+            raise NotNow("unexpected", f"{name} was changed by somebody else ({type(error).__name__}).") from None
+        try:
+            async with self._blob(name) as blob:
+                await blob.get_blob_properties(
+                    raw_response_hook=lambda answer: answered.append(
+                        _date(answer.http_response.headers.get("Date", ""))
+                    )
+                )
+                await blob.delete_blob()
+        except (NotNow, AbsentError):
+            return _ahead(
+                answered
+            ), f"the probe {name} could not be removed, it may not delete; nothing else needs that"
+        return _ahead(answered), ""
 
     async def opened(self) -> Opened:
         """Where this store leads, and by what right. Raises NotNow."""
@@ -197,7 +232,7 @@ class AzureBlobStore:
 
     async def _make_container(self, client: ContainerClient) -> None:
         try:
-            with _azure_errors(self.url, self._opened), contextlib.suppress(_ExistsError):
+            with contextlib.suppress(_ExistsError), _azure_errors(self.url, self._opened):
                 async with asyncio.timeout(CALL_SECONDS):
                     await client.create_container()
         except NotNow as error:
@@ -214,12 +249,18 @@ class AzureBlobStore:
 
     async def _find(self) -> Opened:
         if isinstance(self._place, Container):
-            return Opened(self._place, credentials.secret(self._azure.environ, self._place), self._client_id)
-        found: ResolvedDatastore = await self._azure.control_plane(self._client_id).resolve(self._place)
-        secret = credentials.secret(self._azure.environ, found.container) if self._client_id is None else None
-        if secret is None and (found.account_key or found.sas_token):
-            secret = credentials.Secret(f"datastore {self._place.name}", found.account_key, found.sas_token)
-        return Opened(found.container, secret, self._client_id)
+            container, secret = self._place, credentials.secret(self._azure.environ, self._place)
+        else:
+            found: ResolvedDatastore = await self._azure.control_plane(self._client_id).resolve(self._place)
+            container = found.container
+            secret = credentials.secret(self._azure.environ, container) if self._client_id is None else None
+            if secret is None and (found.account_key or found.sas_token):
+                secret = credentials.Secret(f"datastore {self._place.name}", found.account_key, found.sas_token)
+        if secret is None and container.account_url.startswith("http:"):
+            raise NotNow(
+                "identity", "it is plain HTTP, over which no token is sent: use https, or set AZURE_STORAGE_KEY."
+            )
+        return Opened(container, secret, self._client_id)
 
     def _connect(self, opened: Opened) -> ContainerClient:
         from azure.core.credentials import AzureNamedKeyCredential, AzureSasCredential
@@ -227,11 +268,6 @@ class AzureBlobStore:
 
         credential: Any
         if opened.secret is None:
-            if opened.container.account_url.startswith("http:"):
-                raise NotNow(
-                    "identity",
-                    f"{opened.container.url} is plain HTTP, over which no token is sent: use https, or set AZURE_STORAGE_KEY.",
-                )
             credential = self._azure.identity(self._client_id)
         elif opened.secret.account_key is not None:
             credential = AzureNamedKeyCredential(opened.container.account, opened.secret.account_key)
@@ -378,12 +414,29 @@ def _no_identity(error: AzureError, opened: Opened | None) -> str:
 
 def _connection_words(error: AzureError, url: str) -> str:
     host = urlsplit(url).netloc or url
-    text = str(error.inner_exception if getattr(error, "inner_exception", None) is not None else error)
-    if re.search(
-        r"name or service not known|nodename|getaddrinfo|no address|name resolution|Domain name", text, re.IGNORECASE
-    ):
-        return f"there is no host {host}; is the account's name right?"
-    return f"{host}: {text.partition(' ssl:')[0][:200]}"
+    cause = getattr(error, "inner_exception", None) or error
+    text = str(getattr(cause, "os_error", None) or cause)
+    if re.search(r"not known|nodename|getaddrinfo|no address|name resolution|domain name", text, re.IGNORECASE):
+        return f"there is no host {host} (is the account's name right?)"
+    return f"{host}: {text[:200].rstrip('.')}"
+
+
+def _date(header: str) -> float:
+    with contextlib.suppress(TypeError, ValueError):
+        return parsedate_to_datetime(header).timestamp()
+    return time.time()
+
+
+def _ahead(answered: list[float]) -> float:
+    return time.time() - answered[0] if answered else 0.0
+
+
+def _who(token: str) -> str:
+    with contextlib.suppress(IndexError, ValueError):
+        claims = json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "=="))
+        names = {"xms_mirid": "", "upn": "", "unique_name": "", "appid": "client ", "oid": "object ", "tid": "tenant "}
+        return ", ".join(f"{words}{claims[name]}" for name, words in names.items() if claims.get(name))
+    return "a token that does not say for whom"
 
 
 def _code(error: HttpResponseError) -> str:

@@ -23,14 +23,19 @@ from proxy.shipping import destination
 from proxy.shipping.destination import Container, Datastore
 from proxy.shipping.store import NotNow
 
-PUBLIC_CLOUD = "https://management.azure.com"  # China: https://management.chinacloudapi.cn, US: https://management.usgovcloudapi.net
+PUBLIC_CLOUD = "https://management.azure.com"
+STORAGE_ENDPOINTS = {  # of each cloud
+    PUBLIC_CLOUD: "core.windows.net",
+    "https://management.chinacloudapi.cn": "core.chinacloudapi.cn",
+    "https://management.usgovcloudapi.net": "core.usgovcloudapi.net",
+}
 API_VERSION = "2024-04-01"
 CALL_SECONDS = 30.0
 MAX_ANSWER_BYTES = 1024 * 1024
-MAX_RETRY_AFTER_SECONDS = 3600
 _CONTAINER_FIELDS = {"AzureBlob": "containerName", "AzureDataLakeGen2": "filesystem"}  # by type of datastore
 _ASSET_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9\-_]{0,254}")
 _BLOB_ENDPOINT = re.compile(r"[a-z0-9]{3,24}\.blob(\.[a-z0-9-]+)+(:[0-9]+)?/\$?[a-z0-9-]{3,63}")
+_ERROR_CODE = re.compile(r"[A-Za-z.]{1,64}")
 _SHORT_FORM = re.compile(r"azureml://datastores/[^/]+/paths/", re.IGNORECASE)
 _CASELESS = re.compile(r"azureml://.*?/paths/|https://[^/]*", re.IGNORECASE)
 _NOT_FOUND = {
@@ -100,13 +105,13 @@ class ControlPlane:
 
     def __init__(self, token: Token, url: str = PUBLIC_CLOUD) -> None:
         self._token = token
-        self._url = url.rstrip("/")
+        self._url = url.rstrip("/").lower()
 
     async def resolve(self, datastore: Datastore) -> ResolvedDatastore:
         """Where ``datastore`` leads, with its own key or SAS if it has one that the identity may list."""
         path = ("datastores", datastore.name)
         answer = await self._call("GET", datastore, *path)
-        container = answer.expect(200).container()
+        container = answer.expect(200).container(STORAGE_ENDPOINTS.get(self._url))
         credentials = answer.fields("properties").get("credentials")
         kind = credentials.get("credentialsType") if isinstance(credentials, dict) else None
         if kind not in (None, "AccountKey", "Sas"):
@@ -162,7 +167,7 @@ class ControlPlane:
                 content = b""
                 while len(content) <= MAX_ANSWER_BYTES and (piece := await response.content.readany()):
                     content += piece
-                content = content.replace(token.encode(), b"...")  # some errors quote it
+                content = b"" if len(content) > MAX_ANSWER_BYTES else content.replace(token.encode(), b"...")
                 return _Answer(resource, response.status, content, response.headers.get("Retry-After", ""))
         except TimeoutError:
             failure = NotNow("timeout", f"{named}: no answer from {host} within {CALL_SECONDS:g} s.")
@@ -190,6 +195,7 @@ class _Answer:
         except NotNow:
             error = {}
         code, message = (_shown(str(error.get(name, ""))) for name in ("code", "message"))
+        code = code if _ERROR_CODE.fullmatch(code) else ""
         reason, words = _REFUSALS.get(self.status, _SERVER_FAULT if self.status >= 500 else _UNKNOWN)
         words = words.format(
             said=f"{self.status} {code}".rstrip(),
@@ -198,8 +204,8 @@ class _Answer:
             places=f"workspace {self.resource.workspace_name}, resource group {self.resource.resource_group}, "
             f"subscription {self.resource.subscription_id}",
         )
-        seconds = int(self.retry_after) if re.fullmatch("[0-9]{1,9}", self.retry_after) else 0
-        raise NotNow(reason, f"{_named(self.resource)}: {words}", min(seconds, MAX_RETRY_AFTER_SECONDS))
+        seconds = int(self.retry_after) if re.fullmatch("[0-9]{1,4}", self.retry_after) else 0
+        raise NotNow(reason, f"{_named(self.resource)}: {words}", seconds)
 
     def fields(self, name: str | None = None) -> dict[str, Any]:
         """The object that the body is, or its field ``name``."""
@@ -219,15 +225,24 @@ class _Answer:
             raise self._unexpected(f"there is no text {name!r}")
         return value
 
-    def container(self) -> Container:
-        """That of a datastore. Its ``protocol`` does not matter: it may be wasbs or abfss, and https works in any case."""
+    def container(self, cloud: str | None) -> Container:
+        """That of a datastore. ``cloud`` is the only endpoint that tokens may be sent to: who may edit datastores may not choose.
+
+        Its ``protocol`` does not matter: it may be wasbs or abfss as well, and https works in any case.
+        """
         properties = self.fields("properties")
         kind = self.text(properties, "datastoreType")
         if kind not in _CONTAINER_FIELDS:
             types = " or ".join(_CONTAINER_FIELDS)
             raise NotNow("datastore", f"{_named(self.resource)} is of type {_shown(kind)}; use one of type {types}.")
         account, name = self.text(properties, "accountName"), self.text(properties, _CONTAINER_FIELDS[kind])
-        host = f"{account}.blob.{properties.get('endpoint') or 'core.windows.net'}"
+        default = cloud or STORAGE_ENDPOINTS[PUBLIC_CLOUD]
+        endpoint = default if properties.get("endpoint") is None else self.text(properties, "endpoint")
+        if cloud not in (None, endpoint):
+            raise NotNow(
+                "datastore", f"{_named(self.resource)} is at {_shown(endpoint)}, which is not this cloud's {cloud}."
+            )
+        host = f"{account}.blob.{endpoint}"
         if not _BLOB_ENDPOINT.fullmatch(f"{host}/{name}"):
             raise self._unexpected("account, endpoint or container is no such name")
         plain = properties.get("protocol") == "http" and _is_private(f"http://{host}")  # an emulator
