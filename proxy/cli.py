@@ -80,7 +80,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--once", action="store_true", help="exit after showing what was recorded")
     demo.add_argument("--listen", metavar="HOST:PORT", help="where the proxy listens (default: 127.0.0.1:8080)")
     demo.add_argument(
-        "--storage", default="demo-data", metavar="PATH", help="where the dataset goes (default: ./%(default)s)"
+        "--storage",
+        default="demo-data",
+        metavar="PATH_OR_URL",
+        help="where the dataset goes (default: ./%(default)s)",
     )
     demo.set_defaults(command=_demo)
     return parser

@@ -20,6 +20,7 @@ from proxy.places import places
 from proxy.settings import LogLevel, Logs, Settings
 
 DEFAULT_LISTEN = "127.0.0.1:8080"
+REMOTE_SPOOL = "demo-data/spool"  # for a dataset that goes further
 _IRIS = {"data": [[5.1, 3.5, 1.4, 0.2], [6.7, 3.0, 5.2, 2.3]]}
 
 
@@ -72,8 +73,9 @@ async def demo(*, listen: str | None, storage: str, once: bool) -> int:
 
 
 def _settings(model_url: str, listen: str, storage: str) -> Settings:
-    flags = {"proxy.upstream": model_url, "proxy.listen": listen, "storage.url": storage}
-    return load(overrides={**flags, "endpoint_name": "demo", "name": "blue"}, environ={}).settings
+    flags: dict[str, str | None] = {"proxy.upstream": model_url, "proxy.listen": listen, "storage.url": storage}
+    flags |= {"endpoint_name": "demo", "name": "blue", "spool.path": REMOTE_SPOOL if "://" in storage else None}
+    return load(overrides=flags, environ={}).settings
 
 
 async def _send(app: App) -> None:

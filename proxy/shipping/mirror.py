@@ -1,15 +1,17 @@
 """One file of lines and the append blob that mirrors it. The length of the blob is the state; there is no other.
 
 A block of whole lines is appended on the condition that the blob ends where the block begins in the file. When it is
-not known whether that worked, the same is sent again: if the blob is longer by then, it is read, and what is in it
-tells whether it is ours. A blob in which somebody else wrote, or that somebody deleted, is never written again: the
-rest of the file goes on under a new name. The file is renamed for that, to
+not known whether that worked, the same is sent again: if the blob's length is another one by then, the blob is read,
+and what is in it tells whether it is ours. A blob that is the beginning of the file is continued from where it ends,
+even if it was longer before, or is gone: what it has lost is still here. A blob in which somebody else wrote is never
+written again: the rest of the file goes on under a new name. The file is renamed for that, to
 ``{instance}@{bytes that are elsewhere}@{new instance}.jsonl``, so that it is done in one step, and known after a crash.
 """
 
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -27,6 +29,8 @@ from proxy.shipping.store import (
 from proxy.spool.files import LineFile
 from proxy.spool.layout import instance_id, new_process_id
 from proxy.spool.recovery import last_line_end
+
+logger = logging.getLogger("payload_logger.shipping")
 
 FULL_BLOCKS = 40_000  # a blob takes 50,000; the file is to be closed by then
 CHECKED_BYTES = 64 * 1024  # how much of a blob's end is compared before it is continued after a restart
@@ -63,6 +67,7 @@ class Mirror:
         self.blocks = 0
         self._base = int(base or 0)  # bytes of the file that are in other blobs
         self._position = self._base if file is not None else None  # the blob holds the file up to here; None: see there
+        self._told = self._position  # up to here ``delivered`` knows of the lines
         self._found = False
         self._store = store
         self._folder = folder
@@ -114,16 +119,13 @@ class Mirror:
             if self._position == position:
                 raise NotNow("busy", f"{self.name}: the append was refused, and the blob has not changed.") from None
         except (AbsentError, OtherBlobError):
-            if position > self._base:
-                raise BlobLostError(position, "somebody deleted it") from None
             self._found = False
-            raise NotNow("busy", f"{self.name} vanished as it was made.") from None
+            raise NotNow("busy", f"{self.name} is not there any more.") from None
         except BlobFullError:
             raise BlobLostError(position, "it has as many blocks as a blob can have") from None
         else:
             self.blocks += 1
-            self._position = position + len(block)
-            self._delivered(block.count(b"\n"))
+            self._advance(position + len(block), block)
 
     def roll(self) -> None:
         """Goes on in a new blob from ``roll_at``. The file must be closed. Raises OSError."""
@@ -134,6 +136,7 @@ class Mirror:
         self.path = path
         self.name = f"{self._folder}{instance}.jsonl"
         self._base = self._position = at
+        self._told = at if self._told is None else max(self._told, at)
         self._found = False
         self.blocks = 0
         self.roll_at = None
@@ -145,35 +148,32 @@ class Mirror:
         try:
             blob = await self._store.look(self.name)
         except OtherBlobError:
-            raise BlobLostError(
-                self._base if known is None else known, "somebody put another kind of blob there"
-            ) from None
-        if blob is None:
-            if known is not None and known > self._base:
-                raise BlobLostError(known, "somebody deleted it")
-            await self._store.create(self.name)
-            self._position, self._found = self._base, True
-            return
-        ends = self._base + blob.length
+            raise BlobLostError(self._base, "somebody put another kind of blob there") from None
+        ends = self._base + (blob.length if blob is not None else 0)
         if known is not None and ends < known:
-            raise BlobLostError(known, "somebody made it shorter")
+            logger.warning("%s has lost %d bytes; they are shipped again.", self.name, known - ends)
+            known = None
+        if blob is None:
+            await self._store.create(self.name)
         shared = min(ends, self.length)
         start = max(self._base, ends - CHECKED_BYTES) if known is None else known
         same = await self._same(min(start, shared), shared)
         if same < shared and known is None:
             same = await self._same(self._base, shared)
         if same < shared or (ends > shared and not self.closed):
-            at = max(last_line_end(self._fd, same), self._base if known is None else known)
+            at = max(last_line_end(self._fd, same), self._base)
             self._advance(at)
             raise BlobLostError(at, "somebody else wrote in it")
-        self.blocks = blob.blocks
+        self.blocks = blob.blocks if blob is not None else 0
         self._advance(shared)
         self._found = True
 
-    def _advance(self, position: int) -> None:
-        """The blob is known to hold the file up to ``position``."""
-        if self._position is not None and position > self._position:
-            self._delivered(self._lines(self._position, position))
+    def _advance(self, position: int, block: bytes | None = None) -> None:
+        """The blob is known to hold the file up to ``position``. ``block`` is what came to it last, if that is known."""
+        if self._told is not None and position > self._told:
+            whole = block is not None and self._told == position - len(block)
+            self._delivered(block.count(b"\n") if whole and block is not None else self._lines(self._told, position))
+        self._told = position if self._told is None else max(self._told, position)
         self._position = position
 
     async def _same(self, start: int, end: int) -> int:
