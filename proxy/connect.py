@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import aiohttp
 
@@ -123,9 +124,11 @@ async def _remote(settings: Settings, azure: Azure) -> AsyncIterator[Finding]:
                 if root.startswith("azureml:"):
                     yield Finding(True, f"datastore {place.url} is {opened.container.url}")
                 who = await azure.who(client_id) if opened.secret is None else ""
-                yield Finding(True, f"right    {opened.right}{f': {who}' if who else ''}")
+                yield Finding(True if who else None, f"right    {opened.right}{f': {who}' if who else ''}")
             clock_error_seconds, left = await store.probe(f"{path}/" if path else "")
-            yield Finding(True, f"blobs    {opened.container.url}/{path} can be written{f'; {left}' if left else ''}")
+            yield Finding(
+                True, f"blobs    {opened.container.url}/{quote(path)} can be written{f'; {left}' if left else ''}"
+            )
             if abs(clock_error_seconds) > LARGEST_CLOCK_ERROR_SECONDS:
                 yield Finding(
                     False,
