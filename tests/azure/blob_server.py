@@ -38,7 +38,12 @@ MAX_BLOCKS = 50_000
 MAX_APPEND_BYTES = 100 * 1024 * 1024
 _AUTHORIZATIONS_KEPT = 1000
 
-_CONTAINER_OPERATIONS = {"PUT": "create_container", "DELETE": "delete_container", "HEAD": "look", "GET": "look"}
+_CONTAINER_OPERATIONS = {
+    "PUT": "create_container",
+    "DELETE": "delete_container",
+    "HEAD": "look_container",
+    "GET": "look_container",
+}
 _BLOB_OPERATIONS = {
     ("HEAD", ""): "look",
     ("GET", ""): "read",
@@ -117,8 +122,9 @@ class BlobServer:
     """The server, and what is in it. Set ``faults`` to a plan to make it go wrong, None to make it go well again.
 
     requests counts by operation: append, create, look, read, put, put_block, put_block_list, delete, create_container,
-    delete_container, other. happened counts the faults that really happened, by ``Fault.name``, "slow", "foreign write",
-    "late write applied" and "late write refused". authorizations are the last Authorization headers ("sig=…" of a SAS).
+    look_container, delete_container, other. happened counts the faults that really happened: by ``Fault.name``, "slow",
+    "foreign write", "late write applied" and "late write refused". authorizations are the last Authorization headers,
+    or "sig=…" of a SAS.
     """
 
     def __init__(self, tls: ssl.SSLContext | None = None) -> None:
@@ -268,7 +274,7 @@ class BlobServer:
             for key in [key for key in self.blobs if key.startswith(f"{request.container}/")]:
                 del self.blobs[key]
             return self._done(request, 202)
-        if request.key == request.container:
+        if request.operation == "look_container":
             return self._done(request, 200)
         _check_md5(request)
         apply = getattr(self, f"_{request.operation}")
