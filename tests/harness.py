@@ -15,7 +15,6 @@ from typing import Any
 from proxy.app import App, running
 from proxy.config import load
 from proxy.ledger import Account
-from proxy.places import places
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -39,7 +38,7 @@ class Proxy:
 
     def files(self, collection: str) -> list[Path]:
         """Every file of the collection, oldest name first."""
-        return sorted(path for path in places(self.app.settings)[collection].root.rglob("*") if path.is_file())
+        return sorted(path for path in self.app.places[collection].root.rglob("*") if path.is_file())
 
     def raw_lines(self, collection: str) -> list[bytes]:
         return [

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import io
 import json
 import logging
 import os
@@ -142,7 +143,7 @@ class AzureBlobStore:
     async def append(self, name: str, data: bytes, position: int) -> None:
         try:
             async with self._blob(name) as blob:
-                await blob.append_block(data, len(data), appendpos_condition=position)
+                await blob.append_block(io.BytesIO(data), len(data), appendpos_condition=position)
         except _ContainerMadeError:
             raise AbsentError(name) from None
 
@@ -418,7 +419,7 @@ def _connection_words(error: AzureError, url: str) -> str:
     text = str(getattr(cause, "os_error", None) or cause)
     if re.search(r"not known|nodename|getaddrinfo|no address|name resolution|domain name", text, re.IGNORECASE):
         return f"there is no host {host} (is the account's name right?)"
-    return f"{host}: {text[:200].rstrip('.')}"
+    return f"{host}: {text.partition('?')[0][:200].rstrip('.')}"  # no query: a SAS would be in it
 
 
 def _date(header: str) -> float:

@@ -58,6 +58,7 @@ class ArmServer:
 
     url: str = ""
     token: str = TOKEN
+    further_tokens: list[str] = field(default_factory=list)
     subscription: str = SUBSCRIPTION
     group: str = GROUP
     workspace: str = WORKSPACE
@@ -107,7 +108,7 @@ class ArmServer:
     def _check(self, request: web.BaseRequest, path: list[str]) -> None:
         if request.query.getall("api-version", []) != [API_VERSION]:
             raise _Refused(400, "MissingApiVersionParameter", "The api-version query parameter is required.")
-        if request.headers.get("Authorization") != f"Bearer {self.token}":
+        if request.headers.get("Authorization", "").removeprefix("Bearer ") not in (self.token, *self.further_tokens):
             raise _Refused(401, "InvalidAuthenticationToken", "The access token is invalid.")
         if request.method != "GET" and "Content-Length" not in request.headers:
             raise _Refused(411, "LengthRequired", "The request must have a Content-Length.")
