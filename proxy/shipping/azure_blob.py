@@ -118,6 +118,8 @@ class AzureBlobStore:
         self._client_id = client_id
         self._lock = asyncio.Lock()
         self._client: ContainerClient | None = None
+        self._calls = 0  # under way
+        self._refused = False  # the secret, or the place, may be another one by now
         self._opened: Opened | None = None
 
     async def look(self, name: str) -> Blob | None:
@@ -219,6 +221,7 @@ class AzureBlobStore:
     async def _blob(self, name: str, *, seconds: float = CALL_SECONDS) -> AsyncIterator[BlobClient]:
         """The blob ``name``; what goes wrong with it is told in the words of Store. A missing container is made."""
         client = await self._open()
+        self._calls += 1
         try:
             with _azure_errors(self.url, self._opened):
                 async with asyncio.timeout(seconds):
@@ -227,9 +230,10 @@ class AzureBlobStore:
             if error.reason == "container":
                 await self._make_container(client)
                 raise _ContainerMadeError from None
-            if error.reason in _CREDENTIAL_REASONS:
-                await self.close()  # the secret, or the place, may be another one by the next time
+            self._refused |= error.reason in _CREDENTIAL_REASONS
             raise
+        finally:
+            self._calls -= 1
 
     async def _make_container(self, client: ContainerClient) -> None:
         try:
@@ -243,9 +247,12 @@ class AzureBlobStore:
 
     async def _open(self) -> ContainerClient:
         async with self._lock:
+            if self._refused and not self._calls:
+                await self.close()
             if self._client is None:
                 self._opened = await self._find()
                 self._client = self._connect(self._opened)
+                self._refused = False
             return self._client
 
     async def _find(self) -> Opened:
@@ -357,7 +364,7 @@ def _refusal(error: HttpResponseError, url: str, opened: Opened | None) -> Excep
     if status == 404:
         if not code:  # a HEAD request has no body, and some servers no code
             return AbsentError(url)
-        return NotNow("container", f"it is not there ({code}); correct storage.url.")
+        return NotNow("missing", f"it is not there ({code}); correct storage.url.")
     if code in _NO_APPEND_BLOBS:
         return NotNow(
             "account",

@@ -129,6 +129,7 @@ class Mirror:
 
     def roll(self) -> None:
         """Goes on in a new blob from ``roll_at``. The file must be closed. Raises OSError."""
+        os.truncate(self.path, self.length)  # half a line that could not be cut off is cut off by its journal else
         at = self._base if self.roll_at is None else self.roll_at
         instance = instance_id(new_process_id(), 1)
         path = self.path.with_name(f"{self._instance}@{at}@{instance}.jsonl")

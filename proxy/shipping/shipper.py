@@ -2,8 +2,10 @@
 
 Each container has a lane, which goes through its part of the spool every ``interval``: first it notes how long the
 files of lines are, then it ships the bodies in sight, then the lines up to the noted lengths. A body gets its name
-before its line is written, so that no line arrives before the body that it points to. What can't be shipped stays
-where it is, and is tried again for as long as it takes; a lane that fails keeps no other one waiting.
+before its line is written, so that no line arrives before the body that it points to. Bodies that fail are tried again
+before further ones are looked for: else, with some of each look failing, there would never be a turn for the lines.
+What can't be shipped stays where it is, and is tried again for as long as it takes; a lane that fails keeps no other
+one waiting.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
@@ -36,6 +38,7 @@ logger = logging.getLogger("payload_logger.shipping")
 FILES_AT_ONCE = 3  # appends in flight, of up to 4 MiB each
 BODIES_AT_ONCE = 8  # puts of small bodies in flight
 SMALL_BYTES = 256 * 1024
+MOST_LEFT = 1000  # bodies that failed and are tried again before anything else is looked at
 MIRRORS = 64  # files of lines that a lane has open
 FIRST_RETRY_SECONDS = 0.5
 LONGEST_RETRY_SECONDS = 30.0
@@ -85,6 +88,10 @@ class Lane:
         self._shipper = shipper
         self._destination = destination.parse(url)[0]
         self._mirrors: dict[Path, Mirror] = {}
+        self._noted: dict[Mirror, int] = {}  # how far lines may go when the bodies that are left are there
+        self._left: dict[Path, NotNow] = {}  # bodies that failed
+        self._failed_in_a_row = 0
+        self._arrived = 0  # puts and appends that worked
         self._backoff = Backoff()
         self._appends = asyncio.Semaphore(FILES_AT_ONCE)
         self._puts = asyncio.Semaphore(BODIES_AT_ONCE)
@@ -97,12 +104,16 @@ class Lane:
 
     async def turn(self) -> float:
         """Ships what is there; the seconds until the next turn."""
+        arrived = self._arrived
         try:
             adopted = await self._ship()
-        except NotNow as error:
-            self.trouble = error
-            pause = self._backoff.seconds(error.retry_after_seconds)
-            self._tell(error)
+        except (NotNow, OSError) as error:
+            if self._arrived > arrived:
+                self._backoff.failures = 0
+            trouble = error if isinstance(error, NotNow) else NotNow("disk", f"the spool's disk has a fault: {error}.")
+            self.trouble = trouble
+            pause = self._backoff.seconds(trouble.retry_after_seconds)
+            self._tell(trouble)
             return pause
         except Exception:
             logger.exception("%s: shipping failed by a defect of payload-logger; nothing is lost.", self.url)
@@ -137,32 +148,17 @@ class Lane:
     async def _ship(self) -> bool:
         """Ships what is in sight; whether files of other processes were taken over, to be shipped the next time."""
         adopted = False
-        self._open_own()
-        noted = {mirror: mirror.length for mirror in self._mirrors.values()}
-        bodies: set[asyncio.Task[None]] = set()
-        try:
-            for path in self._walk(self.folder):
-                body = shipped_body(path.name)
-                if body is not None:
-                    await self._puts.acquire()
-                    task = asyncio.create_task(self._ship_body(path, *body))
-                    bodies.add(task)
-                    task.add_done_callback(lambda _: self._puts.release())
-                    self._raise_failed(bodies)
-                elif lines_process(path.name) is not None:
-                    adopted |= self._adopt(path)
-            await _all(bodies)
-        finally:
-            for task in bodies:
-                task.cancel()
-        await _all({asyncio.create_task(self._ship_lines(mirror, until)) for mirror, until in noted.items()})
+        if self._left:
+            await self._ship_bodies(tuple(self._left))
+        else:
+            self._open_own()
+            noted = {mirror: mirror.length for mirror in self._mirrors.values()}
+            self._noted = {}
+            adopted = await self._ship_bodies(self._walk(self.folder))
+            self._noted = noted
+        self._raise_left()
+        await _all({asyncio.create_task(self._ship_lines(mirror, until)) for mirror, until in self._noted.items()})
         return adopted
-
-    def _raise_failed(self, tasks: set[asyncio.Task[None]]) -> None:
-        """Raises what a finished task failed with; forgets the others that have finished."""
-        for task in [task for task in tasks if task.done()]:
-            tasks.discard(task)
-            task.result()
 
     # --- lines ---
 
@@ -177,8 +173,7 @@ class Lane:
                 )
             except FileNotFoundError:
                 if not self._shipper.stopping:  # else another process may have adopted it
-                    self._shipper.ledger.lose(Discard.SPOOL_DELETED, file.lines)
-                    logger.error("%s was deleted before it was shipped; its lines are lost, and counted.", file.path)
+                    self._shipper.lose(file)
                 continue
             except BlockingIOError:
                 continue
@@ -222,6 +217,7 @@ class Lane:
         left = mirror.left_bytes
         while left > 0 and mirror.length - left < until:
             await mirror.ship(until)
+            self._arrived += mirror.left_bytes < left
             left = mirror.left_bytes
 
     def _close(self, mirror: Mirror) -> None:
@@ -243,20 +239,67 @@ class Lane:
 
     # --- bodies ---
 
+    async def _ship_bodies(self, paths: Iterable[Path]) -> bool:
+        """Ships the bodies among ``paths``; those that failed are left, and the others not kept waiting by them.
+
+        Of the other files it takes over those that other processes left; whether there were any.
+        """
+        adopted = False
+        tasks: set[asyncio.Task[None]] = set()
+        self._failed_in_a_row = 0
+        try:
+            for path in paths:
+                body = shipped_body(path.name)
+                if body is not None:
+                    await self._puts.acquire()
+                    task = asyncio.create_task(self._ship_body(path, *body))
+                    tasks.add(task)
+                    task.add_done_callback(lambda _: self._puts.release())
+                    self._raise_failed(tasks)
+                    if self._failed_in_a_row >= BODIES_AT_ONCE or len(self._left) > MOST_LEFT:
+                        self._raise_left()
+                elif lines_process(path.name) is not None:
+                    adopted |= self._adopt(path)
+            await _all(tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return adopted
+
+    def _raise_left(self) -> None:
+        """Raises what a body failed with, if any is left."""
+        if self._left:
+            raise max(self._left.values(), key=lambda error: error.retry_after_seconds)
+
+    def _raise_failed(self, tasks: set[asyncio.Task[None]]) -> None:
+        """Raises what a finished task failed with; forgets the others that have finished."""
+        for task in [task for task in tasks if task.done()]:
+            tasks.discard(task)
+            task.result()
+
     async def _ship_body(self, path: Path, name: str, content_type: str) -> None:
-        with contextlib.suppress(FileNotFoundError):  # another process was faster
-            size = os.stat(path).st_size  # noqa: PTH116 - short
-            store = self._store(path)
-            blob = self._blob_name(path.parent, "/") + name
-            async with contextlib.nullcontext() if size <= SMALL_BYTES else self._appends:
-                try:
-                    await store.put(blob, path, content_type)
-                except OtherBlobError:
-                    raise NotNow(
-                        "conflict", f"{blob} is a blob of another kind, which somebody else put there; remove it."
-                    ) from None
-            os.unlink(path)  # noqa: PTH108
-            self._shipper.budget.spend(-size)
+        try:
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                size = os.stat(path).st_size  # noqa: PTH116 - short
+                store = self._store(path)
+                blob = self._blob_name(path.parent, "/") + name
+                async with contextlib.nullcontext() if size <= SMALL_BYTES else self._appends:
+                    try:
+                        await store.put(blob, path, content_type)
+                    except OtherBlobError:
+                        raise NotNow(
+                            "conflict", f"{blob} is a blob of another kind, which somebody else put there; remove it."
+                        ) from None
+                os.unlink(path)  # noqa: PTH108
+                self._shipper.budget.spend(-size)
+        except NotNow as error:
+            self._left[path] = error
+            self._failed_in_a_row += 1
+        else:
+            self._left.pop(path, None)
+            self._failed_in_a_row = 0
+            self._arrived += 1
 
     # --- the folder ---
 
@@ -402,6 +445,7 @@ class Shipper:
         """One turn more, and while it brings the end nearer, further ones."""
         await lane.turn()
         while lane.trouble is None and not lane.is_empty:
+            await asyncio.sleep(0.01)
             await lane.turn()
 
     async def stopped_within(self, seconds: float) -> bool:
@@ -428,8 +472,17 @@ class Shipper:
                 new.append(lane)
         while self._opened:
             file = self._opened.popleft()
-            next(lane for folder, lane in self._lanes.items() if file.path.is_relative_to(folder)).files.append(file)
+            lanes = [lane for folder, lane in self._lanes.items() if file.path.is_relative_to(folder)]
+            if lanes:
+                lanes[0].files.append(file)
+            else:  # its folder was deleted at once
+                self.lose(file)
         return new
+
+    def lose(self, file: LineFile) -> None:
+        """``file`` is gone, and was not shipped."""
+        self.ledger.lose(Discard.SPOOL_DELETED, file.lines)
+        logger.error("%s was deleted before it was shipped; its lines are lost, and counted.", file.path)
 
     def store(self, place: Destination, path: Path) -> Store:
         """The store of ``place``, with the identity that the settings have for ``path``."""

@@ -60,7 +60,7 @@ async def proxy(to: Destination, upstream: str, folder: Path, log_name: str) -> 
     with log_path.open("wb") as log:
         process = subprocess.Popen([*command, "--upstream", upstream, "--storage", to.url], env=environment, stderr=log)
     try:
-        await until(lambda: LISTENING.search(log_path.read_text()) or process.poll() is not None, 20)
+        await until(lambda: LISTENING.search(log_path.read_text()) or process.poll() is not None, 60)
         found = LISTENING.search(log_path.read_text())
         assert found, log_path.read_text()
         yield f"http://{found[1]}", process, log_path
@@ -184,11 +184,11 @@ async def test_the_proxy_and_azurite_are_killed(tmp_path: Path, certificate: tup
         assert server is not None
         async with proxy(to, model, tmp_path, "first") as (url, process, _):
             await traffic(url, 40)
-            await until(lambda: events(to.read(), "request"))
+            await until(lambda: events(to.read(), "request"), 30)
             clients = asyncio.gather(*(traffic(url, 10_000) for _ in range(4)))
-            await until(lambda: len(seen.requests) > 200)
+            await until(lambda: len(seen.requests) > 200, 60)
             await asyncio.to_thread(server.kill)
-            await until(lambda: len(seen.requests) > 400)  # the traffic does not notice
+            await until(lambda: len(seen.requests) > 400, 60)  # the traffic does not notice
             process.kill()
             await clients
         await asyncio.to_thread(server.start)
