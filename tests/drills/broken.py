@@ -1,22 +1,41 @@
-"""``python -m tests.drills.broken FAULT run …``: the proxy with a fault built in, for the drills.
+"""``python -m tests.drills.broken FAULT[,FAULT] run …``: the proxy with faults built in, for the drills.
 
-answer-first   the response leaves before its lines are written: what the drills must find out
-die-in-write   SIGKILL in the middle of a write: the last line is in the file by half
+What the drills must find out:
+answer-first       the response leaves before its lines are written
+no-position        a block is appended wherever the blob ends
+assumed-position   an append that is refused for its position is taken to have worked; nobody looks
+early-removal      a file that is closed is removed before the blob has all of it
+
+What the proxy has to survive:
+die-in-write       SIGKILL in the middle of a write: the last line is in the file by half
+die-at:POINT:N     SIGKILL when it comes to a point of ``tests.drills.points`` for the Nth time
+clock-steps        the clock steps forth and back, by hours, every few writes
+
+What makes a drill possible:
+keep:FOLDER        each file of lines has a second name in FOLDER, so that what was in it can be read when it is gone
+hasty              shorter waits for answers, and between tries: thousands of faults fit in minutes
+small-blocks       one append takes a few lines
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from proxy.cli import main
+from proxy.shipping import azure_blob, mirror, shipper
 from proxy.spool import files
+from tests.drills.points import die_at
 
 WRITES_BEFORE_DEATH = 60
+WRITES_BETWEEN_STEPS = 20
+CLOCK_STEPS = (0, 3600, 7200, 3600, 3599, -86400, 0, 30)  # where the clock is, in seconds from the true time
 
 
 def answer_first() -> None:
@@ -28,6 +47,38 @@ def answer_first() -> None:
         append(self, lines, size)
 
     files.LineFile.append = append_late  # type: ignore[method-assign]
+
+
+def no_position() -> None:
+    async def append(self: azure_blob.AzureBlobStore, name: str, data: bytes, _position: int) -> None:
+        async with self._blob(name) as blob:
+            await blob.append_block(data, len(data))
+
+    azure_blob.AzureBlobStore.append = append  # type: ignore[method-assign]
+
+
+def assumed_position() -> None:
+    find = mirror.Mirror._find
+
+    async def assume(self: mirror.Mirror) -> None:
+        if self._found:
+            self._advance(self.length)
+        else:
+            await find(self)
+
+    mirror.Mirror._find = assume  # type: ignore[method-assign]
+
+
+def early_removal() -> None:
+    ship_lines = shipper.Lane._ship_lines
+
+    async def remove_and_ship(self: shipper.Lane, one: mirror.Mirror, until: int) -> None:
+        if one.closed:
+            with contextlib.suppress(FileNotFoundError):
+                one.path.unlink()
+        await ship_lines(self, one, until)
+
+    shipper.Lane._ship_lines = remove_and_ship  # type: ignore[method-assign]
 
 
 def die_in_write() -> None:
@@ -47,8 +98,58 @@ def die_in_write() -> None:
     os.writev = write_half  # type: ignore[assignment]
 
 
-FAULTS = {"answer-first": answer_first, "die-in-write": die_in_write}
+def clock_steps() -> None:
+    true_time = time.time
+    begin = files.Files.begin
+    groups = 0
+
+    def now() -> float:
+        return true_time() + CLOCK_STEPS[groups // WRITES_BETWEEN_STEPS % len(CLOCK_STEPS)]
+
+    def begin_then(self: files.Files, _epoch_seconds: float) -> None:
+        nonlocal groups
+        groups += 1
+        begin(self, now())
+
+    files.Files.begin = begin_then  # type: ignore[method-assign]
+    time.time = now
+
+
+def keep(folder: str) -> None:
+    open_file = files.LineFile.__init__
+
+    def open_and_link(self: files.LineFile, path: Path, partition_name: str) -> None:
+        open_file(self, path, partition_name)
+        os.link(path, Path(folder, path.name))
+
+    files.LineFile.__init__ = open_and_link  # type: ignore[method-assign]
+
+
+def hasty() -> None:
+    shipper.FIRST_RETRY_SECONDS = 0.01
+    shipper.LONGEST_RETRY_SECONDS = 0.1
+    azure_blob.READ_SECONDS = 1
+
+
+def small_blocks() -> None:
+    mirror.MAX_APPEND_BYTES = 2048
+
+
+FAULTS = {
+    "answer-first": answer_first,
+    "no-position": no_position,
+    "assumed-position": assumed_position,
+    "early-removal": early_removal,
+    "die-in-write": die_in_write,
+    "die-at": lambda point, nth: die_at(point, int(nth)),
+    "clock-steps": clock_steps,
+    "keep": keep,
+    "hasty": hasty,
+    "small-blocks": small_blocks,
+}
 
 if __name__ == "__main__":
-    FAULTS[sys.argv[1]]()
+    for fault in sys.argv[1].split(","):
+        name, *arguments = fault.split(":")
+        FAULTS[name](*arguments)
     sys.exit(main(sys.argv[2:]))

@@ -10,14 +10,21 @@ import re
 import signal
 import subprocess
 import sys
+import time
+from array import array
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tests.harness import ModelServer, read_request
 
 REPOSITORY = Path(__file__).parents[2]
 COLLECTIONS = ("request", "response")
 _LISTENING = re.compile(r"payload-logger \S+ on \S+:(\d+),")
+_STOPPED = re.compile(
+    r"Stopped: received (\d+) events = delivered (\d+) \+ discarded (\d+)(?: \(.*\))? \+ pending (\d+)"
+)
 
 
 @dataclass
@@ -54,30 +61,44 @@ class ProxyProcess:
         return sum(1 for _ in Path(f"/proc/{self.process.pid}/fd").iterdir())
 
 
+def stopped_account(running: ProxyProcess) -> tuple[int, ...]:
+    """Received, delivered, discarded, pending, as logged at the end."""
+    found = _STOPPED.search(running.log())
+    assert found, running.log()
+    account = tuple(map(int, found.groups()))
+    assert account[0] == sum(account[1:])
+    return account
+
+
 @contextlib.asynccontextmanager
 async def proxy_process(
     upstream: str,
-    storage: Path,
+    storage: Path | str,
     *,
     log_name: str = "proxy",
+    log_folder: Path | None = None,
     broken: str | None = None,
+    environment: Mapping[str, str] | None = None,
     before_start: Callable[[], None] | None = None,
     **settings: object,
 ) -> AsyncIterator[ProxyProcess]:
     """Runs the proxy on a free port until the block ends. Settings as ``section__key=value``.
 
-    broken: a fault of ``tests.drills.broken`` to run it with. before_start: called in the child, before the proxy.
+    log_folder: by default the one that ``storage`` is in. broken: faults of ``tests.drills.broken`` to run it with.
+    environment: further variables. before_start: called in the child, before the proxy. The port is 0 when the proxy was
+    killed before it listened.
     """
-    log_path = storage.with_name(f"{log_name}.log")
+    log_path = (log_folder or Path(storage).parent) / f"{log_name}.log"
     module = ["proxy"] if broken is None else ["tests.drills.broken", broken]
     arguments = ["run", "--upstream", upstream, "--listen", "127.0.0.1:0", "--storage", str(storage)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PAYLOAD_LOGGER_")}
-    environment |= {f"PAYLOAD_LOGGER_{name.upper().replace('__', '_')}": str(value) for name, value in settings.items()}
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("PAYLOAD_LOGGER_")}
+    variables |= environment or {}
+    variables |= {f"PAYLOAD_LOGGER_{name.upper().replace('__', '_')}": str(value) for name, value in settings.items()}
     with log_path.open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", *module, *arguments],
             cwd=REPOSITORY,
-            env=environment,
+            env=variables,
             stderr=log,
             preexec_fn=before_start,
         )
@@ -91,6 +112,8 @@ async def proxy_process(
 async def _port(process: subprocess.Popen[bytes], log_path: Path) -> int:
     async with asyncio.timeout(20):
         while (found := _LISTENING.search(log_path.read_text())) is None:
+            if process.poll() == -signal.SIGKILL:
+                return 0
             assert process.poll() is None, f"the proxy did not start:\n{log_path.read_text()}"
             await asyncio.sleep(0.005)
     return int(found[1])
@@ -107,6 +130,9 @@ async def until(condition: Callable[[], object], timeout_seconds: float = 10) ->
 
 
 # --- traffic ---
+
+
+Request = tuple[str, bytes] | tuple[str, bytes, str]  # path, body, content type
 
 
 def post(path: str, body: bytes, request_id: str, content_type: str = "application/json") -> bytes:
@@ -147,17 +173,27 @@ class Traffic:
     sent: set[str] = field(default_factory=set)
     seen: set[str] = field(default_factory=set)  # the response came whole
     cut: set[str] = field(default_factory=set)  # the connection ended before
+    changed: set[str] = field(default_factory=set)  # the echo was not what was sent
+    seconds: array[float] = field(default_factory=lambda: array("d"))  # that each exchange took
     statuses: Counter[int] = field(default_factory=Counter)
 
     @property
     def in_flight(self) -> int:
         return len(self.sent) - len(self.seen) - len(self.cut)
 
-    async def client(self, port: int, name: str, requests: Iterator[tuple[str, bytes]]) -> None:
-        """Sends one request after the other, until there are no more or the proxy goes."""
+    async def client(
+        self, port: int, name: str, requests: Iterable[Request], *, seconds_between: float | None = None
+    ) -> None:
+        """Sends one request after the other, until there are no more or the proxy goes.
+
+        seconds_between: from the beginning of one exchange to that of the next, if the proxy is as fast.
+        """
         connection = None
+        began = time.monotonic()
         try:
-            for number, (path, body) in enumerate(requests):
+            for number, (path, body, *content_type) in enumerate(requests):
+                if seconds_between is not None and number:
+                    await asyncio.sleep(began + seconds_between - time.monotonic())
                 try:
                     connection = connection or await asyncio.open_connection("127.0.0.1", port, limit=2**24)
                 except ConnectionError:
@@ -165,14 +201,18 @@ class Traffic:
                 reader, writer = connection
                 request_id = f"{name}.{number}"
                 self.sent.add(request_id)
+                began = time.monotonic()
                 try:
-                    writer.write(post(path, body, request_id))
-                    status, _, last = await read_answer(reader)
+                    writer.write(post(path, body, request_id, *content_type))
+                    status, answer, last = await read_answer(reader)
                 except (ConnectionError, asyncio.IncompleteReadError):
                     self.cut.add(request_id)
                     return
                 self.seen.add(request_id)
+                self.seconds.append(time.monotonic() - began)
                 self.statuses[status] += 1
+                if path == "/echo" and answer != body:
+                    self.changed.add(request_id)
                 if last:
                     await _close(writer)
                     connection = None
@@ -185,6 +225,30 @@ class Traffic:
         request = ("/score", b'{"data": [[6, 3, 5, 2]]}') if body is None else ("/echo", body)
         await self.client(port, name, iter([request] * count))
         assert not self.cut, f"{len(self.cut)} exchanges were cut off"
+
+
+class PatientModel:
+    """A model server that answers nobody before it is told to."""
+
+    def __init__(self) -> None:
+        self.waiting = 0
+        self.answer = asyncio.Event()
+        self.server: ModelServer
+
+    async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            await read_request(reader)
+            self.waiting += 1
+            await self.answer.wait()
+            self.waiting -= 1
+            writer.write(
+                b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 14\r\n\r\n{"answer": 42}'
+            )
+
+
+def one_each(traffic: Traffic, port: int, count: int, name: str = "c") -> asyncio.Future[list[None]]:
+    """``count`` exchanges at once, one on each connection."""
+    return asyncio.gather(*(traffic.client(port, f"{name}{n}", iter([("/score", b"[1]")])) for n in range(count)))
 
 
 # --- the dataset ---

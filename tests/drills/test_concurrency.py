@@ -4,51 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import resource
 import signal
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from tests.drills.load import Dataset, ProxyProcess, Traffic, post, proxy_process, read_answer, until
-from tests.harness import ModelServer, model_server, proxy, read_request
-
-_STOPPED = re.compile(
-    r"Stopped: received (\d+) events = delivered (\d+) \+ discarded (\d+)(?: \(.*\))? \+ pending (\d+)"
+from tests.drills.load import (
+    Dataset,
+    PatientModel,
+    Traffic,
+    one_each,
+    post,
+    proxy_process,
+    read_answer,
+    stopped_account,
+    until,
 )
-ANSWER = b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 14\r\n\r\n{"answer": 42}'
-
-
-class PatientModel:
-    """A model server that answers nobody before it is told to."""
-
-    def __init__(self) -> None:
-        self.waiting = 0
-        self.answer = asyncio.Event()
-        self.server: ModelServer
-
-    async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while True:
-            await read_request(reader)
-            self.waiting += 1
-            await self.answer.wait()
-            self.waiting -= 1
-            writer.write(ANSWER)
-
-
-@pytest.fixture
-async def patient() -> AsyncIterator[PatientModel]:
-    model = PatientModel()
-    async with model_server(model.handle) as model.server:
-        yield model
-
-
-def one_each(traffic: Traffic, port: int, count: int, name: str = "c") -> asyncio.Future[list[None]]:
-    """``count`` exchanges at once, one on each connection."""
-    return asyncio.gather(*(traffic.client(port, f"{name}{n}", iter([("/score", b"[1]")])) for n in range(count)))
+from tests.harness import proxy
 
 
 def check_complete(storage: Path, traffic: Traffic) -> None:
@@ -58,15 +32,6 @@ def check_complete(storage: Path, traffic: Traffic) -> None:
     assert not dataset.invalid_lines
     assert not dataset.torn_files
     assert all(set(ids) <= traffic.sent for ids in dataset.ids.values())
-
-
-def stopped_account(running: ProxyProcess) -> tuple[int, ...]:
-    """Received, delivered, discarded, pending, as logged at the end."""
-    found = _STOPPED.search(running.log())
-    assert found, running.log()
-    account = tuple(map(int, found.groups()))
-    assert account[0] == sum(account[1:])
-    return account
 
 
 async def test_300_at_once_give_600_lines(patient: PatientModel, tmp_path: Path) -> None:
