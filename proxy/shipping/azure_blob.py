@@ -70,7 +70,7 @@ class Azure:
         self._management_url = management_url
         self._identities: dict[str | None, AsyncTokenCredential] = {}
         for name in ("azure", "msal", "urllib3"):  # they log whole requests
-            logging.getLogger(name).setLevel(logging.CRITICAL)
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
     def store(self, place: Destination, client_id: str | None) -> AzureBlobStore:
         return AzureBlobStore(self, place, client_id)
@@ -126,8 +126,10 @@ class AzureBlobStore:
         try:
             async with self._blob(name) as blob:
                 found = await blob.get_blob_properties()
-        except (AbsentError, _ContainerMadeError):
+        except AbsentError:
             return None
+        if found.blob_type is None:
+            raise NotNow("unexpected", f"{self.url}: what answers there is not Azure Blob Storage.")
         if found.blob_type != "AppendBlob":
             raise OtherBlobError(name)
         return Blob(found.size, found.append_blob_committed_block_count or 0)
@@ -136,34 +138,34 @@ class AzureBlobStore:
         from azure.core import MatchConditions
         from azure.storage.blob import ContentSettings
 
-        with contextlib.suppress(_ExistsError):
-            async with self._blob(name) as blob:
-                await blob.create_append_blob(
-                    ContentSettings(content_type=LINES_TYPE), match_condition=MatchConditions.IfMissing
-                )
+        for _ in range(2):  # the second time if the container had to be made
+            with contextlib.suppress(_ContainerMadeError, _ExistsError):
+                async with self._blob(name) as blob:
+                    await blob.create_append_blob(
+                        ContentSettings(content_type=LINES_TYPE), match_condition=MatchConditions.IfMissing
+                    )
+                return
 
     async def append(self, name: str, data: bytes, position: int) -> None:
-        try:
-            async with self._blob(name) as blob:
-                await blob.append_block(io.BytesIO(data), len(data), appendpos_condition=position)
-        except _ContainerMadeError:
-            raise AbsentError(name) from None
+        async with self._blob(name) as blob:
+            await blob.append_block(io.BytesIO(data), len(data), appendpos_condition=position)
 
     async def read(self, name: str, start: int, size: int) -> bytes:
-        async with self._blob(name) as blob:
-            content: bytes = await (await blob.download_blob(start, size)).readall()
-            return content
-        raise AssertionError
+        with contextlib.suppress(_BeyondError):
+            async with self._blob(name) as blob:
+                content: bytes = await (await blob.download_blob(start, size)).readall()
+                return content
+        return b""
 
     async def put(self, name: str, path: Path, content_type: str) -> None:
         from azure.storage.blob import ContentSettings
 
-        settings = ContentSettings(content_type=content_type)
+        settings = ContentSettings(content_type=_signable(content_type))
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             for _ in range(2):  # the second time if the container had to be made
                 with contextlib.suppress(_ContainerMadeError):
-                    async with self._blob(name, seconds=CALL_SECONDS + size / SLOWEST_BYTES_PER_SECOND) as blob:
+                    async with self._blob(name, more_seconds=size / SLOWEST_BYTES_PER_SECOND) as blob:
                         await blob.upload_blob(
                             file, length=size, overwrite=True, max_concurrency=1, content_settings=settings
                         )
@@ -218,13 +220,13 @@ class AzureBlobStore:
         return self._opened.container.url if self._opened is not None else self._place.url
 
     @contextlib.asynccontextmanager
-    async def _blob(self, name: str, *, seconds: float = CALL_SECONDS) -> AsyncIterator[BlobClient]:
+    async def _blob(self, name: str, *, more_seconds: float = 0.0) -> AsyncIterator[BlobClient]:
         """The blob ``name``; what goes wrong with it is told in the words of Store. A missing container is made."""
         client = await self._open()
         self._calls += 1
         try:
             with _azure_errors(self.url, self._opened):
-                async with asyncio.timeout(seconds):
+                async with asyncio.timeout(CALL_SECONDS + more_seconds):
                     yield client.get_blob_client(name)
         except NotNow as error:
             if error.reason == "container":
@@ -241,6 +243,7 @@ class AzureBlobStore:
                 async with asyncio.timeout(CALL_SECONDS):
                     await client.create_container()
         except NotNow as error:
+            self._refused |= error.reason in _CREDENTIAL_REASONS
             raise NotNow(
                 "container", f"there is no container {self.url}, and it can't be made: {error.words}"
             ) from None
@@ -286,6 +289,7 @@ class AzureBlobStore:
             opened.container.name,
             credential=credential,
             retry_total=0,
+            permit_redirects=False,
             connection_timeout=CONNECT_SECONDS,
             read_timeout=READ_SECONDS,
             max_single_put_size=PART_BYTES,
@@ -314,8 +318,12 @@ class _ExistsError(Exception):
     """What was to be made is there already."""
 
 
-class _ContainerMadeError(Exception):
+class _ContainerMadeError(AbsentError):
     """The container was missing, and is there now, empty."""
+
+
+class _BeyondError(Exception):
+    """The blob ends before that."""
 
 
 class _azure_errors:  # noqa: N801
@@ -334,16 +342,20 @@ class _azure_errors:  # noqa: N801
             AzureError,
             ClientAuthenticationError,
             HttpResponseError,
+            ServiceRequestTimeoutError,
+            ServiceResponseTimeoutError,
         )
 
         if isinstance(error, HttpResponseError) and error.status_code is not None:
             raise _refusal(error, self._url, self._opened) from None
         if isinstance(error, ClientAuthenticationError):
             raise NotNow("identity", _no_identity(error, self._opened)) from None
+        if isinstance(error, TimeoutError | ServiceRequestTimeoutError | ServiceResponseTimeoutError):
+            raise NotNow("timeout", f"{_host(self._url)} does not answer in time.") from None
         if isinstance(error, AzureError):
             raise NotNow("unreachable", f"it can't be reached: {_connection_words(error, self._url)}.") from None
-        if isinstance(error, TimeoutError):
-            raise NotNow("timeout", f"no answer within {CALL_SECONDS:g} s.") from None
+        if isinstance(error, ValueError):  # of the SDK, which does not find what Azure's answers have
+            raise NotNow("unexpected", f"{_host(self._url)} does not answer as Azure does.") from None
 
 
 def _refusal(error: HttpResponseError, url: str, opened: Opened | None) -> Exception:
@@ -356,6 +368,7 @@ def _refusal(error: HttpResponseError, url: str, opened: Opened | None) -> Excep
         "InvalidBlobType": OtherBlobError,
         "BlobAlreadyExists": _ExistsError,
         "ContainerAlreadyExists": _ExistsError,
+        "InvalidRange": _BeyondError,
     }.get(code)
     if stated is not None:
         return stated(url)
@@ -421,12 +434,23 @@ def _no_identity(error: AzureError, opened: Opened | None) -> str:
 
 
 def _connection_words(error: AzureError, url: str) -> str:
-    host = urlsplit(url).netloc or url
+    host = _host(url)
     cause = getattr(error, "inner_exception", None) or error
     text = str(getattr(cause, "os_error", None) or cause)
     if re.search(r"not known|nodename|getaddrinfo|no address|name resolution|domain name", text, re.IGNORECASE):
         return f"there is no host {host} (is the account's name right?)"
-    return f"{host}: {text.partition('?')[0][:200].rstrip('.')}"  # no query: a SAS would be in it
+    text = " ".join(text.partition("?")[0].split())  # no query: a SAS would be in it
+    return f"{host}: {text[:200].rstrip('.')}"
+
+
+def _host(url: str) -> str:
+    return urlsplit(url).netloc or url
+
+
+def _signable(content_type: str) -> str:
+    """As a header's value that Azure takes, and finds rightly signed: it comes from a client, and may be anything."""
+    words = " ".join(content_type.split())
+    return words if words.isascii() and words.isprintable() else "application/octet-stream"
 
 
 def _date(header: str) -> float:

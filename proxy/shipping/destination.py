@@ -98,7 +98,12 @@ def destinations(spool: Path) -> Iterator[tuple[Path, str]]:
     """(folder, URL) of every container and datastore that ``spool`` has something for."""
     for scheme in SCHEMES:
         if scheme == "azureml":
-            yield from _below(spool / scheme, _DATASTORE_FOLDERS, f"{scheme}://")
+            for store, url in _below(spool / scheme, _DATASTORE_FOLDERS, f"{scheme}://"):
+                try:
+                    parse(url)
+                except ValueError:  # somebody else's folder
+                    continue
+                yield store, url
             continue
         for host, url in _below(spool / scheme, 1, f"{scheme}://"):
             yield from _below(host, 1 if ".blob." in host.name else 2, f"{url}/")

@@ -10,6 +10,7 @@ written again: the rest of the file goes on under a new name. The file is rename
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -46,10 +47,14 @@ class BlobLostError(Exception):
         self.at = at
 
 
+class FileCutError(Exception):
+    """Somebody cut the file: what is in it does not belong behind what is in the blob."""
+
+
 class Mirror:
     """``file`` is given while this process writes it; else nobody does.
 
-    Opening it raises OSError; BlockingIOError: another process ships it.
+    Opening it raises OSError; BlockingIOError: another process ships it; FileNotFoundError: it is not there any more.
     ``delivered`` is told of the number of lines that are known to be in the blob, those from before not counted.
     """
 
@@ -65,6 +70,7 @@ class Mirror:
         self.name = f"{folder}{renamed or self._instance}.jsonl"
         self.roll_at: int | None = None
         self.blocks = 0
+        self.delivered_lines = 0
         self._base = int(base or 0)  # bytes of the file that are in other blobs
         self._position = self._base if file is not None else None  # the blob holds the file up to here; None: see there
         self._told = self._position  # up to here ``delivered`` knows of the lines
@@ -75,6 +81,9 @@ class Mirror:
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            size = path.stat().st_size  # fails if it was renamed before it was locked: its name says more by now
+            # Half a line at the end is cut off by recovery, unless the file has been renamed or its journal is gone.
+            self._length = last_line_end(self._fd, size) if file is None else 0
         except OSError:
             os.close(self._fd)
             raise
@@ -88,7 +97,7 @@ class Mirror:
     @property
     def length(self) -> int:
         """Bytes of whole lines in the file."""
-        return self.file.length if self.file is not None else os.fstat(self._fd).st_size
+        return self.file.length if self.file is not None else self._length
 
     @property
     def closed(self) -> bool:
@@ -105,7 +114,12 @@ class Mirror:
         return self.closed and not self.left_bytes
 
     async def ship(self, until: int) -> None:
-        """Brings the blob nearer to the file's first ``until`` bytes, by one append at most. Raises NotNow and BlobLostError."""
+        """Brings the blob nearer to the file's first ``until`` bytes, by one append at most.
+
+        Raises NotNow, BlobLostError and FileCutError.
+        """
+        if self.length > os.fstat(self._fd).st_size:  # in this order: the file may grow meanwhile
+            raise FileCutError(self.path.name)
         if not self._found:
             await self._find()
         position = self._position
@@ -119,8 +133,7 @@ class Mirror:
             if self._position == position:
                 raise NotNow("busy", f"{self.name}: the append was refused, and the blob has not changed.") from None
         except (AbsentError, OtherBlobError):
-            self._found = False
-            raise NotNow("busy", f"{self.name} is not there any more.") from None
+            raise self._changed() from None
         except BlobFullError:
             raise BlobLostError(position, "it has as many blocks as a blob can have") from None
         else:
@@ -129,11 +142,11 @@ class Mirror:
 
     def roll(self) -> None:
         """Goes on in a new blob from ``roll_at``. The file must be closed. Raises OSError."""
-        os.truncate(self.path, self.length)  # half a line that could not be cut off is cut off by its journal else
         at = self._base if self.roll_at is None else self.roll_at
         instance = instance_id(new_process_id(), 1)
         path = self.path.with_name(f"{self._instance}@{at}@{instance}.jsonl")
-        self.path.rename(path)
+        with contextlib.suppress(FileNotFoundError):  # somebody deleted it: what is in it can still be read here
+            self.path.rename(path)
         self.path = path
         self.name = f"{self._folder}{instance}.jsonl"
         self._base = self._position = at
@@ -173,7 +186,9 @@ class Mirror:
         """The blob is known to hold the file up to ``position``. ``block`` is what came to it last, if that is known."""
         if self._told is not None and position > self._told:
             whole = block is not None and self._told == position - len(block)
-            self._delivered(block.count(b"\n") if whole and block is not None else self._lines(self._told, position))
+            lines = block.count(b"\n") if whole and block is not None else self._lines(self._told, position)
+            self.delivered_lines += lines
+            self._delivered(lines)
         self._told = position if self._told is None else max(self._told, position)
         self._position = position
 
@@ -185,7 +200,9 @@ class Mirror:
             try:
                 theirs = await self._store.read(self.name, start - self._base, size)
             except AbsentError:
-                return start
+                raise self._changed() from None
+            if len(theirs) < size:
+                raise self._changed()
             if ours != theirs:
                 return start + next(
                     (index for index, (our, their) in enumerate(zip(ours, theirs, strict=False)) if our != their),
@@ -193,6 +210,13 @@ class Mirror:
                 )
             start += size
         return start
+
+    def _changed(self) -> NotNow:
+        """It is not as it was found: it is to be looked at again."""
+        self._found = False
+        return NotNow(
+            "busy", f"{self.name} is not as it was a moment ago: somebody deletes blobs, or puts other ones there."
+        )
 
     # --- the file ---
 

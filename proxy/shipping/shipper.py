@@ -18,7 +18,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
@@ -26,7 +26,7 @@ from urllib.parse import unquote
 from proxy.ledger import Discard, Ledger
 from proxy.shipping import destination
 from proxy.shipping.destination import Datastore, Destination
-from proxy.shipping.mirror import FULL_BLOCKS, BlobLostError, Mirror
+from proxy.shipping.mirror import FULL_BLOCKS, BlobLostError, FileCutError, Mirror
 from proxy.shipping.store import NotNow, OtherBlobError, Store
 from proxy.spool import recovery
 from proxy.spool.budget import Budget
@@ -84,7 +84,7 @@ class Lane:
         self.url = url
         self.files: deque[LineFile] = deque()  # of this process, not yet open here
         self.trouble: NotNow | None = None
-        self._told: str | None = None  # the reason that the log knows
+        self._told: set[str] = set()  # the reasons that the log knows, since it last worked
         self._shipper = shipper
         self._destination = destination.parse(url)[0]
         self._mirrors: dict[Path, Mirror] = {}
@@ -111,16 +111,19 @@ class Lane:
             if self._arrived > arrived:
                 self._backoff.failures = 0
             trouble = error if isinstance(error, NotNow) else NotNow("disk", f"the spool's disk has a fault: {error}.")
-            self.trouble = trouble
+            self.trouble = trouble.with_traceback(None)  # it stays for a while, and would keep all of this
             pause = self._backoff.seconds(trouble.retry_after_seconds)
             self._tell(trouble)
             return pause
         except Exception:
-            logger.exception("%s: shipping failed by a defect of payload-logger; nothing is lost.", self.url)
+            if "defect" not in self._told:
+                logger.exception("%s: shipping failed by a defect of payload-logger; nothing is lost.", self.url)
+            self._told.add("defect")
+            self.trouble = NotNow("defect", "there is a defect of payload-logger, which its log tells of.")
             return self._backoff.seconds()
-        if self._told is not None:
+        if self._told:
             logger.warning("%s: shipping goes on.", self.url)
-            self._told = None
+            self._told.clear()
         self.trouble = None
         self._backoff.failures = 0
         return 0.0 if adopted else self._shipper.interval_seconds
@@ -136,8 +139,8 @@ class Lane:
         return not self.files and not any(mirror.left_bytes for mirror in self._mirrors.values())
 
     def _tell(self, error: NotNow) -> None:
-        if error.reason != self._told and (error.reason not in PASSING or self._backoff.failures >= TOLD_AFTER):
-            self._told = error.reason
+        if error.reason not in self._told and (error.reason not in PASSING or self._backoff.failures >= TOLD_AFTER):
+            self._told.add(error.reason)
             logger.error(
                 "%s: nothing can be shipped there now: %s What is recorded stays in %s; it is tried again and again.",
                 self.url,
@@ -154,7 +157,8 @@ class Lane:
             self._open_own()
             noted = {mirror: mirror.length for mirror in self._mirrors.values()}
             self._noted = {}
-            adopted = await self._ship_bodies(self._walk(self.folder))
+            with contextlib.closing(self._walk(self.folder)) as paths:
+                adopted = await self._ship_bodies(paths)
             self._noted = noted
         self._raise_left()
         await _all({asyncio.create_task(self._ship_lines(mirror, until)) for mirror, until in self._noted.items()})
@@ -166,18 +170,16 @@ class Lane:
         while self.files and len(self._mirrors) < MIRRORS:
             file = self.files[0]
             store = self._store(file.path)
-            self.files.popleft()
             try:
-                mirror = Mirror(
+                self._mirrors[file.path] = Mirror(
                     store, self._blob_name(file.path.parent, "/"), file.path, self._shipper.ledger.ship, file
                 )
             except FileNotFoundError:
                 if not self._shipper.stopping:  # else another process may have adopted it
-                    self._shipper.lose(file)
-                continue
+                    self._shipper.lose(file, file.lines, "deleted")
             except BlockingIOError:
-                continue
-            self._mirrors[file.path] = mirror
+                pass
+            self.files.popleft()  # not before: after another error it is tried again
 
     def _adopt(self, path: Path) -> bool:
         """Takes over a file of a process that has ended; whether it did."""
@@ -204,6 +206,9 @@ class Lane:
                 logger.error(
                     "%s/%s: %s. It is left as it is; what follows goes to a new file.", self.url, mirror.name, error
                 )
+            except FileCutError:
+                self._give_up(mirror)
+                return
             if (
                 mirror.file is not None
                 and not mirror.closed
@@ -229,9 +234,17 @@ class Lane:
                 self._shipper.budget.spend(-length)
             self._forget(mirror)
         elif mirror.roll_at is not None:
-            self._mirrors = {path: one for path, one in self._mirrors.items() if one is not mirror}
             mirror.roll()
-            self._mirrors[mirror.path] = mirror
+            self._mirrors = {one.path: one for one in self._mirrors.values()}
+
+    def _give_up(self, mirror: Mirror) -> None:
+        """Somebody cut the file. What is left in it is for the next process, or the next turn if it is another one's."""
+        if mirror.file is not None and not mirror.closed:
+            self._shipper.retire(mirror.file)
+            return
+        if mirror.file is not None:
+            self._shipper.lose(mirror.file, mirror.file.lines - mirror.delivered_lines, "cut")
+        self._forget(mirror)
 
     def _forget(self, mirror: Mirror) -> None:
         mirror.close()
@@ -303,7 +316,7 @@ class Lane:
 
     # --- the folder ---
 
-    def _walk(self, folder: Path) -> Iterator[Path]:
+    def _walk(self, folder: Path) -> Generator[Path, None, None]:
         """The files below ``folder``; removes folders that have long been empty."""
         with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
             empty = True
@@ -329,13 +342,20 @@ class Lane:
 
 
 async def _all(tasks: set[asyncio.Task[None]]) -> None:
-    """Waits for all, then raises what the first one failed with."""
-    if not tasks:
-        return
-    done, _ = await asyncio.wait(tasks)
-    for error in [task.exception() for task in done]:
-        if error is not None:
-            raise error
+    """Waits for all, then raises what one failed with: of those that ask for a pause, what asks for the longest.
+
+    They end with whoever waits for them: a lane that is closed must not go on.
+    """
+    try:
+        if tasks:
+            await asyncio.wait(tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+    errors = [result for result in results if isinstance(result, Exception)]
+    if errors:
+        raise max(errors, key=lambda error: error.retry_after_seconds if isinstance(error, NotNow) else 0.0)
 
 
 class Shipper:
@@ -366,13 +386,16 @@ class Shipper:
         self.retire = retire
         self.interval_seconds = interval_seconds
         self.stopping = False
-        self._roots = {destination.folder(spool, url): client_id for url, client_id in urls.items()}
+        self._roots = {
+            destination.folder(spool, url): (destination.parse(url)[0], client_id) for url, client_id in urls.items()
+        }
         self._open_store = open_store
         self._close = close
         self._chores = chores
         self._stores: dict[tuple[Destination, str | None], Store] = {}
         self._lanes: dict[Path, Lane] = {}
         self._opened: deque[LineFile] = deque()
+        self._is_blind = False  # the spool can't be looked through
         self._worker = threading.Thread(target=self._run, name="shipper", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
@@ -419,30 +442,30 @@ class Shipper:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         self._started.set()
-        tasks = {asyncio.create_task(self._do(chore)) for chore in self._chores}
+        chores = [asyncio.create_task(self._do(chore)) for chore in self._chores]
+        runs: dict[Lane, asyncio.Task[None]] = {}
         try:
             while True:
-                for lane in self._new_lanes():
-                    tasks.add(asyncio.create_task(lane.run()))
+                runs |= {lane: asyncio.create_task(lane.run()) for lane in self._new_lanes()}
                 if await self.stopped_within(min(ADOPT_SECONDS, self.interval_seconds)):
                     break
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(self._loop.time() + self._finish_by - time.monotonic()):
-                    await _all(tasks)
-                    self._new_lanes()
-                    await asyncio.gather(*(self._finish(lane) for lane in self._lanes.values()))
+                    runs |= {lane: asyncio.create_task(lane.run()) for lane in self._new_lanes()}
+                    await asyncio.gather(*chores, *(self._finish(lane, run) for lane, run in runs.items()))
         finally:
-            for task in tasks:
+            for task in (*chores, *runs.values()):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*chores, *runs.values(), return_exceptions=True)
             for lane in self._lanes.values():
                 lane.close()
             for store in self._stores.values():
                 await store.close()
             await self._close()
 
-    async def _finish(self, lane: Lane) -> None:
-        """One turn more, and while it brings the end nearer, further ones."""
+    async def _finish(self, lane: Lane, run: asyncio.Task[None]) -> None:
+        """When its last turn is over, one more, and while that brings the end nearer, further ones."""
+        await asyncio.wait([run])
         await lane.turn()
         while lane.trouble is None and not lane.is_empty:
             await asyncio.sleep(0.01)
@@ -460,37 +483,50 @@ class Shipper:
         """Puts in order what processes left that have died; hands the new files to their lanes; the lanes that are new."""
         try:
             recovered = recovery.recover(self.spool)
+            opened = len(self._opened)  # not those that come meanwhile: their folders may not be among the found ones
+            found = list(destination.destinations(self.spool))
         except OSError as error:
-            logger.warning("%s could not be looked through: %s.", self.spool, error)
-        else:
-            if recovered.processes:
-                self.ledger.recover(torn=recovered.torn, orphans=recovered.orphans)
+            if not self._is_blind:
+                logger.warning("%s could not be looked through: %s; it is tried again and again.", self.spool, error)
+            self._is_blind = True
+            return []
+        self._is_blind = False
+        if recovered.processes:
+            self.ledger.recover(torn=recovered.torn, orphans=recovered.orphans)
         new = []
-        for folder, url in destination.destinations(self.spool):
+        for folder, url in found:
             if folder not in self._lanes:
                 self._lanes[folder] = lane = Lane(self, folder, url)
                 new.append(lane)
-        while self._opened:
+        for _ in range(opened):
             file = self._opened.popleft()
             lanes = [lane for folder, lane in self._lanes.items() if file.path.is_relative_to(folder)]
             if lanes:
                 lanes[0].files.append(file)
             else:  # its folder was deleted at once
-                self.lose(file)
+                self.lose(file, file.lines, "deleted")
         return new
 
-    def lose(self, file: LineFile) -> None:
-        """``file`` is gone, and was not shipped."""
-        self.ledger.lose(Discard.SPOOL_DELETED, file.lines)
-        logger.error("%s was deleted before it was shipped; its lines are lost, and counted.", file.path)
+    def lose(self, file: LineFile, lines: int, how: str) -> None:
+        """``lines`` of ``file`` are gone, and were not shipped."""
+        self.ledger.lose(Discard.SPOOL_DELETED, lines)
+        logger.error("%s was %s before it was shipped; %d lines are lost, and counted.", file.path, how, lines)
 
     def store(self, place: Destination, path: Path) -> Store:
         """The store of ``place``, with the identity that the settings have for ``path``."""
-        client_id = next((one for root, one in self._roots.items() if path.is_relative_to(root)), None)
+        client_id = self._client_id(place, path)
         key = (place, client_id)
         if key not in self._stores:
             self._stores[key] = self._open_store(place, client_id)
         return self._stores[key]
+
+    def _client_id(self, place: Destination, path: Path) -> str | None:
+        """That of the root which has the most in common with ``path``: large bodies are beside it, not below."""
+        roots = [root for root, (of, _) in self._roots.items() if of == place]
+        if not roots:
+            return None
+        nearest = max(roots, key=lambda root: len(os.path.commonpath((root, path))))
+        return self._roots[nearest][1]
 
     async def _do(self, chore: Chore) -> None:
         """Until it works, or the shipper stops."""
@@ -506,3 +542,8 @@ class Shipper:
                     logger.warning("%s It is tried again and again; nothing waits for it.", error.words)
                 told = error.reason
                 pause = backoff.seconds(error.retry_after_seconds)
+            except Exception:
+                logger.exception(
+                    "A chore failed by a defect of payload-logger; it is not tried again, and nothing waits for it."
+                )
+                return
