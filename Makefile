@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 COMPILED := build/compiled
 AZURITE := 3.37.0
 
-.PHONY: run test test-compiled check bench bench-shipping wheel docs azurite clean
+.PHONY: run test test-compiled drills check bench bench-shipping wheel docs azurite clean
 
 run: $(VENV)/.installed
 	$(BIN)/payload-logger demo $(ARGS)
@@ -15,6 +15,9 @@ test: $(VENV)/.installed-test $(VENV)/.installed-azurite
 
 test-compiled: $(COMPILED)/.made $(VENV)/.installed-azurite     # the same tests on the compiled modules, in a copy of the project
 	cd $(COMPILED) && PYTHONPATH=. EXPECT_COMPILED=1 $(abspath $(BIN))/python -m pytest $(ARGS)
+
+drills: $(VENV)/.installed-test $(VENV)/.installed-azurite     # the drills at their long sizes, for hours; ends with their figures
+	DRILLS=long $(BIN)/python -m pytest tests/drills $(ARGS)
 
 check: $(VENV)/.installed-test $(VENV)/.installed-check
 	$(BIN)/ruff check .

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import orjson
 import psutil
-
 from measure import cpu_seconds, rss_bytes, warm_page_cache
 from run import free_port, peak_rss_bytes, process
 

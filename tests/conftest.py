@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import gc
 import ipaddress
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -25,6 +26,9 @@ def _nothing_leaks() -> Iterator[None]:
     leaked = [thread.name for thread in set(threading.enumerate()) - threads if not thread.name.startswith("asyncio_")]
     assert not leaked, f"threads left running: {leaked}"
     more = _descriptors() - descriptors
+    if more:  # those of garbage are none
+        gc.collect()
+        more = _descriptors() - descriptors
     assert not more, f"file descriptors left open: {more}"
 
 

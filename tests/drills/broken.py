@@ -128,7 +128,7 @@ def keep(folder: str) -> None:
 def hasty() -> None:
     shipper.FIRST_RETRY_SECONDS = 0.01
     shipper.LONGEST_RETRY_SECONDS = 0.1
-    azure_blob.READ_SECONDS = 1
+    azure_blob.READ_SECONDS = 0.5
 
 
 def small_blocks() -> None:

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pytest
-
 from tests.drills.load import Dataset, Traffic, proxy_process, until
+from tests.drills.sizes import KILLS, SEED, patiently
 
-KILLS = int(os.environ.get("DRILL_KILLS", "30"))
 CONNECTIONS = 20
-SEED = 20241
 _RECOVERED = re.compile(r"what (\d+) ended process\(es\) left: (\d+) torn lines cut off")
 
 
@@ -84,13 +80,17 @@ async def drill(model: str, storage: Path, kills: int, *, broken: str | None = N
     return done
 
 
-@pytest.mark.timeout(180)
-async def test_nothing_that_a_client_saw_is_lost(model: str, tmp_path: Path) -> None:
+@patiently
+async def test_nothing_that_a_client_saw_is_lost(
+    model: str, tmp_path: Path, figure: Callable[[str, str], None]
+) -> None:
     done = await drill(model, tmp_path / "data", KILLS)
     dataset = Dataset.read(tmp_path / "data")
-    print(
-        f"{done.kills} kills, {done.kills_in_write} of them within a write, {done.in_flight_at_kills} exchanges in flight, "
-        f"{len(done.traffic.seen)} seen whole, {done.torn_found} torn files"
+    figure(
+        "1, SIGKILL at random, local storage",
+        f"{done.kills} kills, {done.kills_in_write} of them within a write, {done.in_flight_at_kills} exchanges in flight "
+        f"then, {done.torn_found} torn files; {len(done.traffic.seen)} exchanges seen whole, {dataset.lines} lines: "
+        f"{len(dataset.lost(done.traffic.seen))} lost, {len(dataset.doubled())} twice",
     )
 
     assert done.kills == KILLS
