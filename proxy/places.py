@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
-from proxy.settings import PAYLOAD_COLLECTIONS, Settings
+from proxy.settings import PAYLOAD_COLLECTIONS, AzureML, Settings
 from proxy.shipping import destination
 from proxy.spool.layout import Place
 
@@ -26,7 +26,7 @@ def places(settings: Settings) -> dict[str, Place]:
         if collection.data is not None and collection.data.path is not None:
             root = collection.data.path
             if _is_local(storage) and root.startswith("azureml:"):
-                root = storage + "/" + quote(root.partition("/paths/")[2].strip("/"))
+                root = f"{storage}/{quote(destination.parse(destination.long_form(root, '', '', ''))[1])}"
             large = f"{root}-large"  # beside the root: what is below it is taken for lines
         found[name] = _place(settings, root, large)
     return found
@@ -60,8 +60,8 @@ def _is_local(url: str) -> bool:
 def _place(settings: Settings, root: str, large: str) -> Place:
     if _is_local(root):
         return Place(local_path(root), root, local_path(large), large)
-    if root.startswith("azureml:") and settings.azureml is not None:
-        workspace = settings.azureml
+    if root.startswith("azureml:"):
+        workspace = settings.azureml or AzureML(subscription_id="", resource_group="", workspace_name="")
         names = workspace.subscription_id, workspace.resource_group, workspace.workspace_name
         root, large = (destination.long_form(url, *names) for url in (root, large))
     spool = spool_path(settings)

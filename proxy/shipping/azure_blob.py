@@ -139,16 +139,26 @@ class AzureBlobStore:
         from azure.storage.blob import ContentSettings
 
         for _ in range(2):  # the second time if the container had to be made
-            with contextlib.suppress(_ContainerMadeError, _ExistsError):
+            try:
                 async with self._blob(name) as blob:
                     await blob.create_append_blob(
                         ContentSettings(content_type=LINES_TYPE), match_condition=MatchConditions.IfMissing
                     )
-                return
+            except _ContainerMadeError:
+                continue
+            except _ExistsError:
+                pass
+            return
 
     async def append(self, name: str, data: bytes, position: int) -> None:
+        block = io.BytesIO(data)
         async with self._blob(name) as blob:
-            await blob.append_block(io.BytesIO(data), len(data), appendpos_condition=position)
+            await blob.append_block(
+                block,
+                len(data),
+                appendpos_condition=position,
+                raw_response_hook=lambda _: block.seek(0),  # the SDK sends it again when a token is refused
+            )
 
     async def read(self, name: str, start: int, size: int) -> bytes:
         with contextlib.suppress(_BeyondError):
@@ -354,7 +364,7 @@ class _azure_errors:  # noqa: N801
             raise NotNow("timeout", f"{_host(self._url)} does not answer in time.") from None
         if isinstance(error, AzureError):
             raise NotNow("unreachable", f"it can't be reached: {_connection_words(error, self._url)}.") from None
-        if isinstance(error, ValueError):  # of the SDK, which does not find what Azure's answers have
+        if isinstance(error, ValueError | LookupError):  # of the SDK, which does not find what Azure's answers have
             raise NotNow("unexpected", f"{_host(self._url)} does not answer as Azure does.") from None
 
 
@@ -450,7 +460,7 @@ def _host(url: str) -> str:
 def _signable(content_type: str) -> str:
     """As a header's value that Azure takes, and finds rightly signed: it comes from a client, and may be anything."""
     words = " ".join(content_type.split())
-    return words if words.isascii() and words.isprintable() else "application/octet-stream"
+    return words if content_type.isascii() and words.isprintable() else "application/octet-stream"
 
 
 def _date(header: str) -> float:
@@ -464,7 +474,7 @@ def _ahead(answered: list[float]) -> float:
 
 
 def _who(token: str) -> str:
-    with contextlib.suppress(IndexError, ValueError):
+    with contextlib.suppress(IndexError, ValueError, AttributeError):
         claims = json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "=="))
         names = {"xms_mirid": "", "upn": "", "unique_name": "", "appid": "client ", "oid": "object ", "tid": "tenant "}
         return ", ".join(f"{words}{claims[name]}" for name, words in names.items() if claims.get(name))

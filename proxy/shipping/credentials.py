@@ -50,10 +50,13 @@ def _value(environ: Mapping[str, str], name: str) -> tuple[str, str]:
     if not file:
         return "", name
     try:
-        return Path(file).read_text().strip(), f"{name}_FILE"
+        text = Path(file).read_text().strip()
+        reason = "" if text else "it is empty"
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise NotNow("identity", f"{name}_FILE: can't read {file}: {reason}.") from None
+        text, reason = "", (error.strerror or "") if isinstance(error, OSError) else "it is no text"
+    if not text:
+        raise NotNow("identity", f"{name}_FILE: can't read {file}: {reason}.")
+    return text, f"{name}_FILE"
 
 
 def _from_connection_string(text: str, source: str, container: Container) -> Secret:
