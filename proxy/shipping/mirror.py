@@ -36,7 +36,7 @@ logger = logging.getLogger("payload_logger.shipping")
 FULL_BLOCKS = 40_000  # a blob takes 50,000; the file is to be closed by then
 CHECKED_BYTES = 64 * 1024  # how much of a blob's end is compared before it is continued after a restart
 _READ_BYTES = 1024 * 1024
-_NAME = re.compile(r"([0-9a-f]{38})(?:@([0-9]+)@([0-9a-f]{38}))?\.jsonl")
+_NAME = re.compile(r"([0-9a-f]{32}[0-9]{6,})(?:@([0-9]+)@([0-9a-f]{32}[0-9]{6,}))?\.jsonl")
 
 
 class BlobLostError(Exception):

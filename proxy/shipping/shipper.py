@@ -92,7 +92,7 @@ class Lane:
         self._left: dict[Path, NotNow] = {}  # bodies that failed
         self._failed_in_a_row = 0
         self._arrived = 0  # puts and appends that worked
-        self._backoff = Backoff()
+        self.backoff = Backoff()
         self._appends = asyncio.Semaphore(FILES_AT_ONCE)
         self._puts = asyncio.Semaphore(BODIES_AT_ONCE)
 
@@ -109,10 +109,10 @@ class Lane:
             adopted = await self._ship()
         except (NotNow, OSError) as error:
             if self._arrived > arrived:
-                self._backoff.failures = 0
-            trouble = error if isinstance(error, NotNow) else NotNow("disk", f"the spool's disk has a fault: {error}.")
+                self.backoff.failures = 0
+            trouble = _trouble(error)
             self.trouble = trouble.with_traceback(None)  # it stays for a while, and would keep all of this
-            pause = self._backoff.seconds(trouble.retry_after_seconds)
+            pause = self.backoff.seconds(trouble.retry_after_seconds)
             self._tell(trouble)
             return pause
         except Exception:
@@ -120,12 +120,12 @@ class Lane:
                 logger.exception("%s: shipping failed by a defect of payload-logger; nothing is lost.", self.url)
             self._told.add("defect")
             self.trouble = NotNow("defect", "there is a defect of payload-logger, which its log tells of.")
-            return self._backoff.seconds()
+            return self.backoff.seconds()
         if self._told:
             logger.warning("%s: shipping goes on.", self.url)
             self._told.clear()
         self.trouble = None
-        self._backoff.failures = 0
+        self.backoff.failures = 0
         return 0.0 if adopted else self._shipper.interval_seconds
 
     def close(self) -> None:
@@ -139,7 +139,7 @@ class Lane:
         return not self.files and not any(mirror.left_bytes for mirror in self._mirrors.values())
 
     def _tell(self, error: NotNow) -> None:
-        if error.reason not in self._told and (error.reason not in PASSING or self._backoff.failures >= TOLD_AFTER):
+        if error.reason not in self._told and (error.reason not in PASSING or self.backoff.failures >= TOLD_AFTER):
             self._told.add(error.reason)
             logger.error(
                 "%s: nothing can be shipped there now: %s What is recorded stays in %s; it is tried again and again.",
@@ -306,8 +306,8 @@ class Lane:
                         ) from None
                 os.unlink(path)  # noqa: PTH108
                 self._shipper.budget.spend(-size)
-        except NotNow as error:
-            self._left[path] = error
+        except (NotNow, OSError) as error:
+            self._left[path] = _trouble(error)
             self._failed_in_a_row += 1
         else:
             self._left.pop(path, None)
@@ -339,6 +339,10 @@ class Lane:
 
     def _store(self, path: Path) -> Store:
         return self._shipper.store(self._destination, path)
+
+
+def _trouble(error: NotNow | OSError) -> NotNow:
+    return error if isinstance(error, NotNow) else NotNow("disk", f"the spool's disk has a fault: {error}.")
 
 
 async def _all(tasks: set[asyncio.Task[None]]) -> None:
@@ -464,12 +468,16 @@ class Shipper:
             await self._close()
 
     async def _finish(self, lane: Lane, run: asyncio.Task[None]) -> None:
-        """When its last turn is over, one more, and while that brings the end nearer, further ones."""
+        """When its last turn is over, further ones, until all is shipped, or it has failed some times in a row."""
         await asyncio.wait([run])
-        await lane.turn()
-        while lane.trouble is None and not lane.is_empty:
-            await asyncio.sleep(0.01)
-            await lane.turn()
+        lane.backoff.failures = 0
+        pause = await lane.turn()
+        while lane.backoff.failures < TOLD_AFTER and (lane.backoff.failures or not lane.is_empty):
+            pause = pause if lane.backoff.failures else 0.01
+            if time.monotonic() + pause > self._finish_by:
+                break
+            await asyncio.sleep(pause)
+            pause = await lane.turn()
 
     async def stopped_within(self, seconds: float) -> bool:
         """Waits for ``seconds``, or until the shipper is to stop; whether it is."""

@@ -419,6 +419,29 @@ async def test_sigterm_with_a_backlog(shipping: Shipping, server: BlobServer, fi
     arrived.check(shipping.traffic)
 
 
+@pytest.mark.parametrize("refusal", [faults.INTERNAL_ERROR, faults.busy(), faults.RESET], ids=lambda fault: fault.name)
+async def test_sigterm_when_the_destination_fails_just_then(
+    refusal: Fault, shipping: Shipping, server: BlobServer
+) -> None:
+    """It is tried again within the grace: there may be no next process on this spool."""
+    failed = 0
+    server.faults = faults.always(refusal)
+    async with shipping.process() as proxy:
+        await shipping.send(proxy, "load", 40)
+        await until(lambda: NOTHING in proxy.log(), SOON_SECONDS)
+
+        def twice_more(_operation: str, _blob: str, _number: int) -> Fault | None:
+            nonlocal failed
+            failed += "Stopping" in proxy.log()
+            return refusal if failed <= 2 else None
+
+        server.faults = twice_more
+        assert await shipping.stop(proxy) == (80, 80, 0, 0)
+    assert failed > 2
+    assert not shipping.spooled()
+    compare(shipping, blobs_of(server)).check(shipping.traffic)
+
+
 async def test_a_second_sigterm_ends_at_once(shipping: Shipping, server: BlobServer) -> None:
     server.faults = faults.always(faults.HANG)
     async with shipping.process(proxy__drain_seconds=60) as proxy:

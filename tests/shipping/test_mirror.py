@@ -21,6 +21,7 @@ from proxy.shipping import mirror as mirrors
 from proxy.shipping.mirror import BlobLostError, FileCutError, Mirror
 from proxy.shipping.store import MAX_APPEND_BYTES, NotNow
 from proxy.spool.files import LineFile
+from proxy.spool.layout import instance_id
 from tests.shipping.memory import FOREIGN, Fault, MemoryBlob, MemoryStore
 
 _T = TypeVar("_T")
@@ -519,6 +520,14 @@ def test_a_file_that_was_renamed_while_it_was_opened_is_left(
     monkeypatch.setattr(fcntl, "flock", lock_late)
     with pytest.raises(FileNotFoundError):
         Mirror(store, FOLDER, path, lambda _: None)
+
+
+def test_the_millionth_file_of_a_process(tmp_path: Path, store: MemoryStore) -> None:
+    path = tmp_path / f"{instance_id('a' * 32, 1_000_000)}.jsonl"
+    path.write_bytes(LINE)
+    with contextlib.closing(Mirror(store, FOLDER, path, lambda _: None)) as mirror:
+        run(mirror.ship(mirror.length))
+    assert store.blobs[f"{FOLDER}{path.name}"].data == LINE
 
 
 def test_a_name_that_is_none_of_ours(tmp_path: Path, store: MemoryStore) -> None:

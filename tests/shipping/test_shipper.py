@@ -447,6 +447,25 @@ async def test_a_body_in_the_place_of_another_kind_of_blob(
     assert process.cloud.numbers() == [1]
 
 
+async def test_a_body_that_can_t_be_read_keeps_no_other_one_waiting(process: Process, account: Account) -> None:
+    names = [process.body() for _ in range(20)]
+    process.write(*range(20))
+
+    def plan(operation: str, name: str) -> None:
+        if operation == "put" and name in names[::5]:
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+    account.plan = plan
+    await process.turn()
+    assert len(account.blobs) == 16
+    state = process.shipper.states()[0]
+    assert (state.trouble, state.words) == ("disk", "the spool's disk has a fault: [Errno 13] Permission denied.")
+    account.plan = None
+    await process.turn(2)
+    assert set(names) < set(account.blobs)
+    assert process.cloud.numbers() == list(range(20))
+
+
 async def test_a_body_that_another_process_ships_first(process: Process, account: Account) -> None:
     name = process.body()
     process.write(1, body=name)
@@ -1006,6 +1025,43 @@ async def test_it_ends_in_time_though_the_destination_hangs(
     await heir.turn(3)
     assert cloud.numbers() == [1, 2, 3]
     assert heir.left() == []
+
+
+async def test_what_fails_at_the_end_is_tried_again(
+    new: Processes, cloud: Cloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shipper, "FIRST_RETRY_SECONDS", 0.01)
+    process = new(REQUEST, interval_seconds=3600)
+    left = shipper.TOLD_AFTER - 1
+
+    def plan(operation: str, _name: str) -> NotNow | None:
+        nonlocal left
+        left -= operation == "append"
+        return BUSY if operation == "append" and left >= 0 else None
+
+    cloud.account().plan = plan
+    async with running(process):
+        process.write(1)
+        process.close_files()
+        await process.shipper.finish(10)
+    assert cloud.numbers() == [1]
+    assert process.left() == []
+
+
+async def test_what_fails_for_good_does_not_keep_the_end_waiting(
+    new: Processes, cloud: Cloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shipper, "FIRST_RETRY_SECONDS", 0.01)
+    process = new(REQUEST, interval_seconds=3600)
+    cloud.account().plan = always(BUSY)
+    async with running(process):
+        process.write(1)
+        process.close_files()
+        started = time.monotonic()
+        await process.shipper.finish(20)
+        assert time.monotonic() - started < 5
+    assert cloud.account().calls.total() == shipper.TOLD_AFTER
+    assert process.pending() == 1
 
 
 async def test_appends_end_with_the_turn(new: Processes, account: Account) -> None:
