@@ -127,10 +127,17 @@ def _destinations(settings: Settings) -> Iterator[Finding]:
         if url.lower().startswith("azureml://datastores/") and settings.azureml is None:
             words = "of which workspace? Add 'azureml: {subscription_id: …, resource_group: …, workspace_name: …}'"
             yield (key, ("azureml",)), f"{shown(url)}: {words}"
+        if key[0] == "data_collector" and _is_container(url):
+            yield (key,), f"{shown(url)} is a whole container; name a folder in it, large bodies go to one beside it"
     if remote and settings.capture.max_inline_bytes > MAX_INLINE_BYTES:
         words = "is too large for lines that are shipped: a blob takes 100 MiB at once, and text may become six times as long"
         most = f"use at most {MAX_INLINE_BYTES // MIB}MiB"
         yield (("capture", "max_inline_bytes"),), f"{settings.capture.max_inline_bytes} {words}; {most}"
+
+
+def _is_container(url: str) -> bool:
+    host, *folders = url.partition("://")[2].split("/")
+    return url.startswith("http") and len(folders) <= (1 if ".blob." in host else 2)
 
 
 def _little_is_recorded(settings: Settings) -> Iterator[Finding]:

@@ -134,6 +134,7 @@ def _file_url(path: str) -> str:
 
 def _blob_url(text: str) -> str:
     scheme, authority, path = _matched(_HTTP, text.rstrip("/")).groups()
+    authority = authority.lower()
     host, folders = _authority(authority)[0], path.split("/")[1:]
     in_azure = ".blob." in host
     # Elsewhere, with Azurite, the account is the first folder. A dfs host speaks another protocol.
@@ -164,7 +165,9 @@ def _storage_url(text: str) -> str:
             "has a query; if that is a SAS it is a secret, and secrets come from the environment: AZURE_STORAGE_SAS_TOKEN"
         )
     _need("%" not in re.sub("%[0-9A-Fa-f]{2}", "", text) and not _has_dots(unquote(text)))
-    return _matched(_DATASTORE, text)[0].rstrip("/") if scheme.lower() == "azureml" else _blob_url(text)
+    if scheme.lower() != "azureml":
+        return _blob_url(text)
+    return f"azureml://{_matched(_DATASTORE, text)[0].rstrip('/').partition('://')[2]}"
 
 
 def _data_path(text: str) -> str:

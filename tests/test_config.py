@@ -819,7 +819,7 @@ def test_remote_destinations(problems: Problems, read: Load) -> None:
         "azureml://subscriptions/S/resourcegroups/R/workspaces/W/datastores/D/paths/p",
     ):
         assert read(key("storage.url", url)).settings.storage.url == url
-        assert read(collections(request=url)).settings.storage.url.startswith("file:")
+        assert read(collections(request=f"{url}/x")).settings.storage.url.startswith("file:")
 
 
 WORKSPACE = key("azureml", {"subscription_id": "s", "resource_group": "r", "workspace_name": "w"})
@@ -838,6 +838,25 @@ def test_a_short_datastore_url_needs_a_workspace(problems: Problems, read: Load)
     read(collections(request=url))  # with local storage it is a folder
     remote = key("storage.url", "https://a.blob.core.windows.net/c")
     assert problems(both(remote, collections(request=url))) == [f"{COLLECTION}.data.path: '{url}': {words}"]
+
+
+def test_remote_urls_have_one_form(read: Load) -> None:
+    """Else the folder of the spool that stands for them would not be found."""
+    for url, normal in {
+        "AzureML://subscriptions/S/resourcegroups/R/workspaces/W/datastores/D/paths/P/": (
+            "azureml://subscriptions/S/resourcegroups/R/workspaces/W/datastores/D/paths/P"
+        ),
+        "HTTPS://Acct.BLOB.core.windows.net/c/D/": "https://acct.blob.core.windows.net/c/D",
+    }.items():
+        assert read(key("storage.url", url)).settings.storage.url == normal
+
+
+def test_a_collection_has_a_folder_of_its_container(problems: Problems, read: Load) -> None:
+    for url in ("https://a.blob.core.windows.net/c", "http://127.0.0.1:10000/devstoreaccount1/c"):
+        words = "is a whole container; name a folder in it, large bodies go to one beside it"
+        assert problems(collections(request=url)) == [f"{COLLECTION}.data.path: '{url}' {words}"]
+        read(collections(request=f"{url}/d"))
+        read(key("storage.url", url))
 
 
 def test_two_datastores_may_have_the_same_folder(read: Load) -> None:

@@ -31,7 +31,7 @@ _FORMATS = {rate: "/".join(map(_DIRECTIVES.__getitem__, folders.split("/"))) for
 
 _LONGEST_TYPE = 180  # of a content type in a file's name, which may have 255 bytes
 _UNKNOWN_TYPE = "application/octet-stream"
-_LINES = re.compile(r"([0-9a-f]{32})[0-9]{6}(@[0-9]+@[0-9a-f]{38})?\.jsonl")
+_LINES = re.compile(r"([0-9a-f]{32})[0-9]{6,}(@[0-9]+@[0-9a-f]{38,})?\.jsonl")
 _BODY = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}(?:\.jsonl)?);(.*)", re.DOTALL)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -37,57 +38,69 @@ def to_azurite(tmp_path: Path, model: str, real: Azurite) -> Shipping:
     return Shipping(tmp_path, model, real.account_url, lines_only)
 
 
-def read(server: Azurite) -> Blobs:
-    credential = {"account_name": ACCOUNT, "account_key": ACCOUNT_KEY}
-    with ContainerClient(server.account_url, CONTAINER, credential) as container:
-        names = {blob.name: blob.blob_type.value for blob in container.list_blobs()} if container.exists() else {}
-        return {f"{CONTAINER}/{name}": (kind, container.download_blob(name).readall()) for name, kind in names.items()}
+async def read(server: Azurite) -> Blobs:
+    def blobs() -> Blobs:
+        credential = {"account_name": ACCOUNT, "account_key": ACCOUNT_KEY}
+        with ContainerClient(server.account_url, CONTAINER, credential) as container:
+            names = {blob.name: blob.blob_type.value for blob in container.list_blobs()} if container.exists() else {}
+            return {
+                f"{CONTAINER}/{name}": (kind, container.download_blob(name).readall()) for name, kind in names.items()
+            }
+
+    return await asyncio.to_thread(blobs)
 
 
-async def kill_again_and_again(shipping: Shipping, server: Azurite, kills: int, *faults: str) -> tuple[set[str], int]:
-    """Names of the files that were gone from the spool at some kill, and the bytes that Azurite forgot of the others."""
-    gone: set[str] = set()
+@dataclass
+class Kills:
+    kills: int = 0
+    gone: set[str] = field(default_factory=set)  # files that were no more in the spool at some kill
+    forgotten_bytes: int = 0  # of the others, which Azurite had acknowledged
 
-    def gone_now() -> set[str]:
+
+async def kill_again_and_again(shipping: Shipping, server: Azurite, *, closing: bool) -> Kills:
+    """AZURITE_KILLS times, and then on until Azurite has forgotten something. closing: files are closed, and so removed."""
+    done = Kills()
+
+    def gone() -> set[str]:
         return {path.name for path in shipping.kept.iterdir()} - {path.name for path in shipping.spooled()}
 
     async def one_more(proxy: ProxyProcess, words: str, times: int) -> None:
         await until(lambda: proxy.log().count(words) > times, SOON_SECONDS)
 
-    async with shipping.process("hasty", *faults) as proxy:
+    async with shipping.process("hasty", *(["clock-steps"] if closing else [])) as proxy:
         async with shipping.load(proxy, "load", per_second=200):
-            for _ in range(kills):
-                files = len(gone_now())
-                while not await asyncio.to_thread(read, server) or (
-                    "clock-steps" in faults and len(gone_now()) == files
-                ):
-                    pass
+            while done.kills < AZURITE_KILLS or not (closing or done.forgotten_bytes):
+                before = len(gone())
+                while len(gone()) == before if closing else not any(data for _, data in (await read(server)).values()):
+                    await asyncio.sleep(0.01)
                 told = proxy.log().count(NOTHING)
                 await asyncio.to_thread(server.kill)
+                done.kills += 1
                 await one_more(proxy, NOTHING, told)
-                gone |= gone_now()
+                done.gone |= gone()
                 told = proxy.log().count(GOES_ON)
                 await asyncio.to_thread(server.start)
                 await one_more(proxy, GOES_ON, told)
+                done.forgotten_bytes = sum(map(int, _FORGOTTEN.findall(proxy.log())))
         received, delivered, *rest = await shipping.stop(proxy)
     assert received == delivered == 2 * len(shipping.traffic.seen)
     assert rest == [0, 0]
     assert not shipping.spooled()
-    return gone, sum(map(int, _FORGOTTEN.findall(shipping.log())))
+    return done
 
 
 @patiently
 async def test_what_is_still_in_the_spool_is_shipped_again(
     to_azurite: Shipping, real: Azurite, figure: Callable[[str, str], None]
 ) -> None:
-    gone, forgotten = await kill_again_and_again(to_azurite, real, AZURITE_KILLS)
-    arrived = compare(to_azurite, await asyncio.to_thread(read, real))
+    done = await kill_again_and_again(to_azurite, real, closing=False)
+    arrived = compare(to_azurite, await read(real))
     figure(
         "Azurite killed",
-        f"{AZURITE_KILLS} kills; {forgotten} bytes that it had acknowledged and forgot were shipped again; {arrived.lines} "
-        f"lines: {len(arrived.lost(to_azurite.traffic.seen))} lost, {len(arrived.doubled())} twice",
+        f"{done.kills} kills; {done.forgotten_bytes} bytes that it had acknowledged and forgot were shipped again; "
+        f"{arrived.lines} lines: {len(arrived.lost(to_azurite.traffic.seen))} lost, {len(arrived.doubled())} twice",
     )
-    assert gone == set()
+    assert done.gone == set()
     arrived.check(to_azurite.traffic)
 
 
@@ -96,15 +109,15 @@ async def test_what_has_left_the_spool_is_for_the_destination_to_keep(
     to_azurite: Shipping, real: Azurite, figure: Callable[[str, str], None]
 ) -> None:
     """Files that are closed, and acknowledged, are removed. Azurite loses some; nothing else is lost, and nothing is twice."""
-    gone, _ = await kill_again_and_again(to_azurite, real, AZURITE_KILLS, "clock-steps")
-    arrived = compare(to_azurite, await asyncio.to_thread(read, real))
+    done = await kill_again_and_again(to_azurite, real, closing=True)
+    arrived = compare(to_azurite, await read(real))
     figure(
         "Azurite killed, files closed meanwhile",
-        f"{AZURITE_KILLS} kills; {len(gone)} files had been acknowledged whole, and removed; Azurite forgot "
+        f"{done.kills} kills; {len(done.gone)} files had been acknowledged whole, and removed; Azurite forgot "
         f"{arrived.gap_lines} lines of theirs; {len(arrived.doubled())} twice",
     )
-    assert gone
-    assert {name for name, _, _ in arrived.gaps} <= gone
+    assert done.gone
+    assert {name for name, _, _ in arrived.gaps} <= done.gone
     assert arrived.lines + arrived.gap_lines == 2 * len(to_azurite.traffic.seen)
     assert arrived.twice == arrived.wrong == []
     assert arrived.doubled() == set()
