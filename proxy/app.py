@@ -18,8 +18,8 @@ from proxy.ledger import Ledger
 from proxy.places import measured_roots, places, spool_path
 from proxy.relay.parsing import Limits, require_c_parser
 from proxy.relay.server import Relay
-from proxy.relay.upstream import Pool, UpstreamAddress
-from proxy.settings import MANAGEMENT_URL, Durability, HostHeader, Settings
+from proxy.relay.upstream import Pool, UpstreamAddress, upstream_tls
+from proxy.settings import Durability, HostHeader, Settings
 from proxy.shipping import destination
 from proxy.shipping.azure_blob import Azure
 from proxy.shipping.azureml import DataAsset, assets
@@ -180,7 +180,7 @@ class _Recording:
 
     def _new_shipper(self, process_id: str) -> Shipper:
         settings = self._settings
-        azure = Azure(os.environ, settings.azureml.management_url if settings.azureml is not None else MANAGEMENT_URL)
+        azure = Azure(os.environ, settings.management_url)
         urls = {place.root_url: name for name, place in self.places.items() if place.remote}
         client_ids = {url: settings.data_collector.collections[name].client_id for url, name in urls.items()}
         try:
@@ -231,14 +231,11 @@ def _pool(settings: Settings, loop: asyncio.AbstractEventLoop, limits: Limits) -
     tls = None
     if address.tls:
         try:
-            tls = ssl.create_default_context(cafile=proxy.upstream_ca)
+            tls = upstream_tls(proxy.upstream_ca, verify=proxy.upstream_verify)
         except (OSError, ssl.SSLError) as error:
             raise StartError(
                 f"proxy.upstream_ca: {proxy.upstream_ca} is not a PEM file of certificates: {error}"
             ) from error
-        if not proxy.upstream_verify:
-            tls.check_hostname = False
-            tls.verify_mode = ssl.CERT_NONE
     return Pool(
         loop,
         address,

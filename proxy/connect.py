@@ -18,8 +18,8 @@ from urllib.parse import quote
 import aiohttp
 
 from proxy.places import measured_roots, places, spool_path
-from proxy.relay.upstream import UpstreamAddress
-from proxy.settings import MANAGEMENT_URL, Settings
+from proxy.relay.upstream import UpstreamAddress, upstream_tls
+from proxy.settings import Settings
 from proxy.shipping import destination
 from proxy.shipping.azure_blob import Azure
 from proxy.shipping.azureml import assets
@@ -47,7 +47,7 @@ async def findings(settings: Settings) -> AsyncIterator[Finding]:
     for folder in dict.fromkeys([spool_path(settings), *local]):
         yield _folder(folder)
     yield _room(settings)
-    azure = Azure(os.environ, settings.azureml.management_url if settings.azureml is not None else MANAGEMENT_URL)
+    azure = Azure(os.environ, settings.management_url)
     try:
         async for finding in _remote(settings, azure):
             yield finding
@@ -60,16 +60,13 @@ async def _upstream(settings: Settings) -> Finding:
     address = UpstreamAddress.parse(proxy.upstream)
     started = asyncio.get_running_loop().time()
     try:
-        tls = ssl.create_default_context(cafile=proxy.upstream_ca) if address.tls else None
-        if tls is not None and not proxy.upstream_verify:
-            tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
-        unix = proxy.upstream.startswith("unix:")
-        connector = aiohttp.UnixConnector(proxy.upstream.removeprefix("unix:")) if unix else None
+        tls = upstream_tls(proxy.upstream_ca, verify=proxy.upstream_verify) if address.tls else None
+        connector = aiohttp.UnixConnector(address.unix_path) if address.unix_path else None
         timeout = aiohttp.ClientTimeout(total=UPSTREAM_SECONDS, sock_connect=proxy.connect_timeout)
         async with (
             aiohttp.ClientSession(connector=connector, timeout=timeout) as session,
             session.get(
-                "http://localhost/" if unix else proxy.upstream, ssl=tls or True, allow_redirects=False
+                "http://localhost/" if connector else proxy.upstream, ssl=tls or True, allow_redirects=False
             ) as answer,
         ):
             milliseconds = (asyncio.get_running_loop().time() - started) * 1000

@@ -394,3 +394,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     admin: Annotated[Admin | None, Meta(description="Probes and metrics. This version does not serve them yet.")] = None
     azureml: Annotated[AzureML | None, Meta(description="The workspace named as the source of the events.")] = None
     logs: Annotated[Logs, Meta(description="The program's own log.")] = Logs()
+
+    @property
+    def management_url(self) -> str:
+        """Azure's control plane, with or without a workspace."""
+        return MANAGEMENT_URL if self.azureml is None else self.azureml.management_url

@@ -49,6 +49,15 @@ class UpstreamAddress:
         return f"unix:{self.unix_path}" if self.unix_path else f"{self.host}:{self.port}"
 
 
+def upstream_tls(authorities: str | None, *, verify: bool) -> ssl.SSLContext:
+    """For an https upstream. ``authorities``: a PEM file, None for the system's. Raises OSError and ssl.SSLError."""
+    context = ssl.create_default_context(cafile=authorities)
+    if not verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
 class UpstreamConnection(Connection):
     """One connection to the model server, used for one exchange at a time."""
 

@@ -26,7 +26,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from proxy.shipping import credentials
 from proxy.shipping.azureml import ControlPlane, ResolvedDatastore
-from proxy.shipping.destination import Container, Datastore, Destination
+from proxy.shipping.destination import Container, Destination
 from proxy.shipping.store import (
     AbsentError,
     Blob,
@@ -497,6 +497,3 @@ def _retry_after(error: HttpResponseError) -> float:
         with contextlib.suppress(KeyError, ValueError):
             return max(0.0, float(_headers(error)[name]) * unit)
     return 0.0
-
-
-__all__ = ["Azure", "AzureBlobStore", "Datastore", "Opened"]

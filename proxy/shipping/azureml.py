@@ -18,12 +18,12 @@ from urllib.parse import quote, unquote, urlsplit
 import aiohttp
 import orjson
 
-from proxy.settings import Data, Settings
+from proxy.settings import MANAGEMENT_URL, Data, Settings
 from proxy.shipping import destination
 from proxy.shipping.destination import Container, Datastore
 from proxy.shipping.store import NotNow
 
-PUBLIC_CLOUD = "https://management.azure.com"
+PUBLIC_CLOUD = MANAGEMENT_URL
 STORAGE_ENDPOINTS = {  # of each cloud
     PUBLIC_CLOUD: "core.windows.net",
     "https://management.chinacloudapi.cn": "core.chinacloudapi.cn",

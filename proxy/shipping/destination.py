@@ -75,7 +75,7 @@ def parse(url: str) -> tuple[Destination, str]:
         return Datastore(*map(unquote, names.values())), unquote("/".join(path))
     if scheme not in SCHEMES:
         raise ValueError(url)
-    depth = 1 if ".blob." in parts[0] else 2  # elsewhere the account is the first folder
+    depth = _account_parts(parts[0])
     if len(parts) <= depth:
         raise ValueError(url)
     return Container(f"{scheme}://{'/'.join(parts[:depth])}", unquote(parts[depth])), unquote(
@@ -106,7 +106,12 @@ def destinations(spool: Path) -> Iterator[tuple[Path, str]]:
                 yield store, url
             continue
         for host, url in _below(spool / scheme, 1, f"{scheme}://"):
-            yield from _below(host, 1 if ".blob." in host.name else 2, f"{url}/")
+            yield from _below(host, _account_parts(host.name), f"{url}/")
+
+
+def _account_parts(host: str) -> int:
+    """How many parts of a URL name the account: the host, and where that is not Azure's the first folder as well."""
+    return 1 if ".blob." in host else 2
 
 
 def _below(folder: Path, depth: int, url: str) -> Iterator[tuple[Path, str]]:

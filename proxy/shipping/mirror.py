@@ -14,7 +14,6 @@ import contextlib
 import fcntl
 import logging
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from proxy.shipping.store import (
     Store,
 )
 from proxy.spool.files import LineFile
-from proxy.spool.layout import instance_id, new_process_id
+from proxy.spool.layout import LINES_NAME, instance_id, new_process_id
 from proxy.spool.recovery import last_line_end
 
 logger = logging.getLogger("payload_logger.shipping")
@@ -36,7 +35,6 @@ logger = logging.getLogger("payload_logger.shipping")
 FULL_BLOCKS = 40_000  # a blob takes 50,000; the file is to be closed by then
 CHECKED_BYTES = 64 * 1024  # how much of a blob's end is compared before it is continued after a restart
 _READ_BYTES = 1024 * 1024
-_NAME = re.compile(r"([0-9a-f]{32}[0-9]{6,})(?:@([0-9]+)@([0-9a-f]{32}[0-9]{6,}))?\.jsonl")
 
 
 class BlobLostError(Exception):
@@ -61,10 +59,10 @@ class Mirror:
     def __init__(
         self, store: Store, folder: str, path: Path, delivered: Callable[[int], None], file: LineFile | None = None
     ) -> None:
-        found = _NAME.fullmatch(path.name)
+        found = LINES_NAME.fullmatch(path.name)
         if found is None:
             raise ValueError(path.name)
-        self._instance, base, renamed = found.groups()
+        self._instance, _, base, renamed = found.groups()
         self.path = path
         self.file = file
         self.name = f"{folder}{renamed or self._instance}.jsonl"

@@ -31,7 +31,9 @@ _FORMATS = {rate: "/".join(map(_DIRECTIVES.__getitem__, folders.split("/"))) for
 
 _LONGEST_TYPE = 180  # of a content type in a file's name, which may have 255 bytes
 _UNKNOWN_TYPE = "application/octet-stream"
-_LINES = re.compile(r"([0-9a-f]{32})[0-9]{6,}(@[0-9]+@[0-9a-f]{38,})?\.jsonl")
+# The instance that wrote the file (32 digits of it are the process's); how many of its bytes are elsewhere, and the name that it
+# has in the destination since then.
+LINES_NAME = re.compile(r"(([0-9a-f]{32})[0-9]{6,})(?:@([0-9]+)@([0-9a-f]{32}[0-9]{6,}))?\.jsonl")
 _BODY = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}(?:\.jsonl)?);(.*)", re.DOTALL)
 
 
@@ -68,8 +70,8 @@ def _quoted(content_type: str) -> str:
 
 def lines_process(name: str) -> str | None:
     """The process that wrote a file of lines, by the file's name; None: it is no file of lines."""
-    found = _LINES.fullmatch(name)
-    return found[1] if found else None
+    found = LINES_NAME.fullmatch(name)
+    return found[2] if found else None
 
 
 def shipped_body(name: str) -> tuple[str, str] | None:
