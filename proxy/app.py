@@ -12,6 +12,7 @@ import ssl
 import sys
 from collections.abc import AsyncIterator, Mapping
 from functools import partial
+from pathlib import Path
 
 from proxy.capture.recorder import PayloadRecorder
 from proxy.ledger import Ledger
@@ -19,7 +20,7 @@ from proxy.places import measured_roots, places, spool_path
 from proxy.relay.parsing import Limits, require_c_parser
 from proxy.relay.server import Relay
 from proxy.relay.upstream import Pool, UpstreamAddress, upstream_tls
-from proxy.settings import Durability, HostHeader, Settings
+from proxy.settings import CustomLogging, Durability, HostHeader, Settings
 from proxy.shipping import destination
 from proxy.shipping.azure_blob import Azure
 from proxy.shipping.azureml import DataAsset, assets
@@ -50,16 +51,26 @@ class StartError(Exception):
 
 
 class App:
-    """A running proxy: ``address`` is where it listens, ``ledger`` what it has recorded, ``places`` where to."""
+    """A running proxy: ``address`` is where it listens, ``ledger`` what it has recorded, ``places`` where to.
+
+    ``custom_logging_address`` is where it listens for the SDK, if it does.
+    """
 
     def __init__(
-        self, settings: Settings, relay: Relay, ledger: Ledger, places: Mapping[str, Place], address: str
+        self,
+        settings: Settings,
+        relay: Relay,
+        ledger: Ledger,
+        places: Mapping[str, Place],
+        address: str,
+        custom_logging_address: str | None,
     ) -> None:
         self.settings = settings
         self.relay = relay
         self.ledger = ledger
         self.places = places
         self.address = address
+        self.custom_logging_address = custom_logging_address
 
 
 @contextlib.asynccontextmanager
@@ -77,6 +88,11 @@ async def running(settings: Settings) -> AsyncIterator[App]:
         await recording.start()
         stack.push_async_callback(recording.close)
 
+        custom_logging_address = None
+        if settings.sdk_endpoint is not None:
+            # Stopped after the traffic: a scoring script sends its last frames when it has answered.
+            custom_logging_address = await _serve_sdk(settings, settings.sdk_endpoint, recording.spool, stack)
+
         limits = Limits(settings.proxy.max_head_bytes, settings.proxy.max_headers)
         relay = Relay(
             loop,
@@ -93,7 +109,7 @@ async def running(settings: Settings) -> AsyncIterator[App]:
         gc.collect()
         gc.freeze()  # what is there by now stays: no need to look at it again and again
         stack.callback(gc.unfreeze)
-        yield App(settings, relay, ledger, recording.places, address)
+        yield App(settings, relay, ledger, recording.places, address, custom_logging_address)
 
         recording.ends_at = loop.time() + settings.proxy.drain_seconds
         cut = await relay.drain(settings.proxy.drain_seconds)
@@ -213,6 +229,28 @@ class _Recording:
             self._loop.call_soon_threadsafe(self.spool.retire, file)
 
 
+async def _serve_sdk(settings: Settings, options: CustomLogging, spool: Spool, stack: contextlib.AsyncExitStack) -> str:
+    """Where the SDK's endpoint listens. Raises StartError."""
+    from proxy.custom_logging import sdk  # with aiohttp's server: only where it is wanted
+    from proxy.custom_logging.endpoint import FrameEndpoint
+
+    if options.sdk_config_path is not None:
+        try:
+            sdk.write(settings, Path(options.sdk_config_path))
+        except OSError as error:
+            raise StartError(
+                f"custom_logging.sdk_config_path: can't write {options.sdk_config_path}: {error.strerror}"
+            ) from error
+    endpoint = FrameEndpoint(settings, options, spool)
+    stack.push_async_callback(endpoint.close)
+    try:
+        return await endpoint.listen()
+    except OSError as error:
+        raise StartError(
+            f"custom_logging.listen: can't listen on {options.listen}: {_listen_reason(error, '')}"
+        ) from error
+
+
 async def _learn_urls(azure: Azure, place: Place, client_id: str | None) -> None:
     """Has lines point to where the datastore of ``place`` leads. Called in the shipper's thread."""
     datastore, _ = destination.parse(place.root_url)
@@ -261,11 +299,13 @@ async def _listen(settings: Settings, relay: Relay) -> str:
     try:
         return await relay.listen(proxy.listen, tls)
     except OSError as error:
-        raise StartError(f"proxy.listen: can't listen on {proxy.listen}: {_listen_reason(error)}") from error
+        raise StartError(
+            f"proxy.listen: can't listen on {proxy.listen}: {_listen_reason(error, ' (--listen HOST:PORT)')}"
+        ) from error
 
 
-def _listen_reason(error: OSError) -> str:
+def _listen_reason(error: OSError, option: str) -> str:
     reason = (error.strerror or str(error)).rpartition(": ")[2]  # asyncio repeats the address before it
     if "address already in use" in str(error).lower():
-        return "the address is in use by another process; choose another one (--listen HOST:PORT)"
+        return f"the address is in use by another process; choose another one{option}"
     return reason

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from proxy import __version__, logs
 from proxy.config import ConfigError, Loaded, load
 from proxy.config_reference import reference_markdown, schema
-from proxy.settings import PAYLOAD_COLLECTIONS, Settings
+from proxy.settings import Settings
 
 if TYPE_CHECKING:
     from proxy.app import App
@@ -67,6 +67,14 @@ def _parser() -> argparse.ArgumentParser:
         help="also try the model server, the folders and the destination (writes and removes a probe)",
     )
     check.set_defaults(command=_check)
+
+    sdk = commands.add_parser(
+        "sdk-env",
+        help="print the environment that the azureml-ai-monitoring SDK needs",
+        description="Prints NAME=value lines for the environment of a scoring script that uses azureml-ai-monitoring.",
+    )
+    _add_settings(sdk)
+    sdk.set_defaults(command=_sdk_env)
 
     reference = commands.add_parser("schema", help="print the JSON Schema of the configuration")
     reference.add_argument("--markdown", action="store_true", help="print the reference in Markdown instead")
@@ -134,7 +142,7 @@ async def _serve(settings: Settings) -> int:
         async with running(settings) as app:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, _stop, stop)
-            logger.info("%s", describe(settings, app.address))
+            logger.info("%s", describe(settings, app.address, app.custom_logging_address))
             await stop.wait()
             logger.info(
                 "Stopping: no new connections; exchanges in flight have %g s to finish.", settings.proxy.drain_seconds
@@ -163,12 +171,13 @@ def _version() -> str:
     return f"payload-logger {__version__} ({kind}, Python {platform.python_version()})"
 
 
-def describe(settings: Settings, address: str) -> str:
+def describe(settings: Settings, address: str, custom_logging_address: str | None) -> str:
     """One line for the log: from where, to where, what is recorded."""
     collections = settings.data_collector.collections
-    names = [name for name in PAYLOAD_COLLECTIONS if name in collections and collections[name].enabled]
+    names = [name for name, one in collections.items() if one.enabled]
     recorded = f"recording {', '.join(names)} in {settings.storage.url}" if names else "recording nothing"
-    return f"payload-logger {__version__} on {address}, before {settings.proxy.upstream}, {recorded}."
+    frames = f"; custom logging on {custom_logging_address}" if custom_logging_address else ""
+    return f"payload-logger {__version__} on {address}, before {settings.proxy.upstream}, {recorded}{frames}."
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -184,11 +193,32 @@ def _check(options: argparse.Namespace) -> int:
     for name, place in places(settings).items():
         root = place.root_url if place.remote else place.root
         print(f"{name:<10} {root}/{FOLDERS[settings.data_collector.rolling_rate]}/*.jsonl")
+    if settings.sdk_endpoint is not None:
+        print(f"frames     {settings.sdk_endpoint.listen} (custom logging)")
     print(
         f"{'spool' if any(place.remote for place in places(settings).values()) else 'locks':<10} {spool_path(settings)}"
     )
     print("The configuration is valid.")
     return run_loop(_connect(settings)) if options.connect else 0
+
+
+def _sdk_env(options: argparse.Namespace) -> int:
+    from proxy.custom_logging.sdk import environment
+
+    settings = _load(options).settings
+    if settings.sdk_endpoint is None:
+        raise ConfigError(
+            [
+                "data_collector.collections: none is enabled but request and response; add 'model_inputs: {enabled: true}'"
+            ]
+        )
+    try:
+        variables = environment(settings, settings.sdk_endpoint)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None
+    for name, value in variables.items():
+        print(f"{name}={value}")
+    return 0
 
 
 async def _connect(settings: Settings) -> int:

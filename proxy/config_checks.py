@@ -29,6 +29,7 @@ def problems(settings: Settings) -> Iterator[Finding]:
     yield from _addresses(settings)
     yield from _shared_roots(settings)
     yield from _destinations(settings)
+    yield from _custom_logging(settings)
     yield from _not_supported_yet(settings)
 
 
@@ -38,9 +39,9 @@ def warnings(settings: Settings) -> Iterator[Finding]:
     yield from _captured_headers(settings)
     if settings.data_collector.rolling_rate is not RollingRate.HOUR:
         yield (("data_collector", "rolling_rate"),), "Azure ML's model monitor reads only Hour"
-    for section in ("custom_logging", "admin"):
-        if getattr(settings, section) is not None:
-            yield ((section,),), "this version does not serve it yet"
+    yield from _open_to_others(settings)
+    if settings.admin is not None:
+        yield (("admin",),), "this version does not serve it yet"
 
 
 def _enabled(settings: Settings) -> list[tuple[str, Collection]]:
@@ -60,7 +61,8 @@ def _tls(settings: Settings) -> Iterator[Finding]:
 
 
 def _addresses(settings: Settings) -> Iterator[Finding]:
-    listeners = {(section, "listen"): getattr(settings, section) for section in ("proxy", "custom_logging", "admin")}
+    sections = {"proxy": settings.proxy, "custom_logging": settings.sdk_endpoint, "admin": settings.admin}
+    listeners = {(name, "listen"): section for name, section in sections.items()}
     ours = {key: address(section.listen) for key, section in listeners.items() if section is not None}
     for (key, one), (other_key, other) in combinations(ours.items(), 2):
         if _meet(one, other) or _meet(other, one):
@@ -113,6 +115,27 @@ def _root(path: str) -> str:
     return path.partition("/paths/")[2] if path.startswith("azureml:") else path
 
 
+def _custom_logging(settings: Settings) -> Iterator[Finding]:
+    names: dict[str, str] = {}
+    for name in settings.data_collector.collections:
+        other = names.setdefault(name.lower(), name)
+        if other != name:
+            words = f"the same as {shown(other)} but for case; the SDK has all names in lower case"
+            yield ((*_COLLECTIONS, name), (*_COLLECTIONS, other)), words
+    options = settings.custom_logging
+    if options is not None and options.listen.startswith("unix:"):
+        yield (("custom_logging", "listen"),), f"{shown(options.listen)}: the SDK connects to HOST:PORT only"
+
+
+def _open_to_others(settings: Settings) -> Iterator[Finding]:
+    options = settings.custom_logging
+    if options is not None and not _is_ip(options.listen.rpartition(":")[0].strip("[]"), "is_loopback"):
+        yield (
+            (("custom_logging", "listen"),),
+            f"{shown(options.listen)} is open to others; whoever reaches it can write to the dataset",
+        )
+
+
 def _not_supported_yet(settings: Settings) -> Iterator[Finding]:
     """What this version has settings for, but can't do."""
     if settings.proxy.workers > 1:
@@ -142,19 +165,20 @@ def _is_container(url: str) -> bool:
 
 def _little_is_recorded(settings: Settings) -> Iterator[Finding]:
     enabled = _enabled(settings)
-    if not any(name in PAYLOAD_COLLECTIONS for name, _ in enabled):
+    if not enabled:
+        yield (_COLLECTIONS,), "none is enabled; nothing is recorded; add 'request: {enabled: true}'"
+    elif settings.custom_logging is not None and all(name in PAYLOAD_COLLECTIONS for name, _ in enabled):
         yield (
-            (_COLLECTIONS,),
-            "neither request nor response is enabled; nothing is recorded; add 'request: {enabled: true}'",
+            (("custom_logging",), _COLLECTIONS),
+            "no collection but request and response is enabled; every frame will be refused",
         )
     if settings.data_collector.sampling_rate == 0:
         yield (("data_collector", "sampling_rate"),), "0; a collection without a rate of its own records nothing"
     for name, one in enabled:
         if name not in PAYLOAD_COLLECTIONS:
-            near = difflib.get_close_matches(name.lower(), PAYLOAD_COLLECTIONS, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            yield ((*_COLLECTIONS, name),), f"not recorded; this version records request and response only{hint}"
-        elif one.sampling_rate == 0:
+            for near in difflib.get_close_matches(name.lower(), PAYLOAD_COLLECTIONS, n=1):
+                yield ((*_COLLECTIONS, name),), f"taken for custom logging; did you mean '{near}'?"
+        if one.sampling_rate == 0:
             yield ((*_COLLECTIONS, name, "sampling_rate"),), "0; it records nothing"
 
 

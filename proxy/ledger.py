@@ -25,6 +25,18 @@ class Discard(Enum):
     SPOOL_DELETED = "spool_deleted"  # somebody deleted the spool's file before it was shipped
 
 
+class Refusal(Enum):
+    """Why a frame that was sent to custom logging was not taken. Its sender was told; it was never received."""
+
+    MALFORMED = "malformed"  # it does not name its collection, or was cut
+    UNKNOWN_COLLECTION = "unknown_collection"
+    DISABLED_COLLECTION = "disabled_collection"
+    BAD_TYPE = "bad_type"
+    TOO_LARGE = "too_large"
+    NOT_ROWS = "not_rows"  # no array of objects
+    UNAVAILABLE = "unavailable"  # there is no memory for it, or the proxy stops
+
+
 @dataclass(frozen=True, slots=True)
 class Account:
     """The ledger at one moment. Events, unless the name says otherwise."""
@@ -38,13 +50,14 @@ class Account:
     orphans: int  # files of bodies that a process that died left without a line
     spooled: int  # of the pending: on disk, and yet to be shipped
     adopted: int  # of the received: recorded by processes that have ended, shipped by this one
+    refused: dict[str, int]  # frames of custom logging; not of the received
 
     @property
     def pending(self) -> int:
         return self.received - self.delivered - sum(self.discarded.values())
 
     def __str__(self) -> str:
-        discarded = ", ".join(f"{count} {reason}" for reason, count in sorted(self.discarded.items()))
+        discarded = _counts(self.discarded)
         text = (
             f"received {self.received} events = delivered {self.delivered} + discarded {sum(self.discarded.values())}"
             + (f" ({discarded})" if discarded else "")
@@ -59,10 +72,15 @@ class Account:
                 (self.orphans, "orphaned bodies removed at start"),
                 (self.spooled, "on disk, to be shipped"),
                 (self.adopted, "shipped for processes that have ended"),
+                (sum(self.refused.values()), f"frames refused ({_counts(self.refused)})"),
             )
             if count
         ]
         return "; ".join([text, *notes])
+
+
+def _counts(by_reason: dict[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(by_reason.items()))
 
 
 @dataclass(slots=True)
@@ -79,6 +97,7 @@ class Ledger:
     _orphans: int = 0
     _spooled: int = 0
     _adopted: int = 0
+    _refused: Counter[str] = field(default_factory=Counter)
     _settled: bool = False
     _cut_at: float = 0.0
 
@@ -127,6 +146,10 @@ class Ledger:
             if not self._settled:
                 self._discarded[reason.value] += events
 
+    def refuse(self, reason: Refusal) -> None:
+        with self._lock:
+            self._refused[reason.value] += 1
+
     def settle(self) -> int:
         """Counts what is not even on disk as STOPPED, for good: should the disk take it later, that is not counted.
 
@@ -170,4 +193,5 @@ class Ledger:
                 self._orphans,
                 self._spooled,
                 self._adopted,
+                dict(self._refused),
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
-from proxy.settings import PAYLOAD_COLLECTIONS, AzureML, Settings
+from proxy.settings import AzureML, Settings
 from proxy.shipping import destination
 from proxy.spool.layout import Place
 
@@ -14,15 +14,14 @@ REMOTE_SPOOL = Path("/var/lib/payload-logger/spool")
 
 
 def places(settings: Settings) -> dict[str, Place]:
-    """The places of the payload collections that are enabled."""
+    """The places of the collections that are enabled."""
     storage = settings.storage.url
     deployment = "/".join((storage, quote(settings.endpoint_name, safe=""), quote(settings.name, safe="")))
     found: dict[str, Place] = {}
-    for name in PAYLOAD_COLLECTIONS:
-        collection = settings.data_collector.collections.get(name)
-        if collection is None or not collection.enabled:
+    for name, collection in settings.data_collector.collections.items():
+        if not collection.enabled:
             continue
-        root, large = f"{deployment}/{name}", deployment
+        root, large = f"{deployment}/{quote(name, safe='')}", deployment
         if collection.data is not None and collection.data.path is not None:
             root = collection.data.path
             if _is_local(storage) and root.startswith("azureml:"):

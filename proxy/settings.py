@@ -335,7 +335,31 @@ class Spool(Struct, frozen=True, kw_only=True):
 class CustomLogging(Struct, frozen=True, kw_only=True):
     """The endpoint that the azureml-ai-monitoring SDK posts to."""
 
-    listen: Annotated[Listen, Meta(description="Where the SDK connects.")] = "127.0.0.1:50011"
+    listen: Annotated[
+        Listen,
+        Meta(
+            description="Where the SDK connects: HOST:PORT. There is a listener when this section is there, or when a collection "
+            "other than request and response is enabled. There is no authentication: leave it on the loopback address."
+        ),
+    ] = "127.0.0.1:50011"
+    max_body_bytes: Annotated[
+        Bytes, Meta(gt=0, description="Largest frame that is taken, as JSON; a larger one gets 413.")
+    ] = 32 * MIB
+    batch_window: Annotated[
+        Seconds,
+        Meta(
+            le=60,
+            description="Frames of one collection within this time share a line, as Azure ML documents it, with the ids of the "
+            "first. Such a frame is in memory until its line is written. 0: each frame has a line, and an id, of its own.",
+        ),
+    ] = 0.0
+    sdk_config_path: Annotated[
+        FilePath | None,
+        Meta(
+            description="Where the SDK's own configuration (AZUREML_MDC_CONFIG_PATH) is written at start: which collections are "
+            "enabled, and their sampling rates. The scoring script has to be able to read it."
+        ),
+    ] = None
 
 
 class Admin(Struct, frozen=True, kw_only=True):
@@ -389,11 +413,18 @@ class Settings(Struct, frozen=True, kw_only=True):
     storage: Annotated[Storage, Meta(description="Where the dataset goes.")] = Storage()
     spool: Annotated[Spool, Meta(description="The local disk that every line is written to first.")] = Spool()
     custom_logging: Annotated[
-        CustomLogging | None, Meta(description="The SDK's endpoint. This version does not serve it yet.")
+        CustomLogging | None, Meta(description="The endpoint that the azureml-ai-monitoring SDK posts to.")
     ] = None
     admin: Annotated[Admin | None, Meta(description="Probes and metrics. This version does not serve them yet.")] = None
     azureml: Annotated[AzureML | None, Meta(description="The workspace named as the source of the events.")] = None
     logs: Annotated[Logs, Meta(description="The program's own log.")] = Logs()
+
+    @property
+    def sdk_endpoint(self) -> CustomLogging | None:
+        """The SDK's endpoint, if there is one: its section is there, or a collection of custom logging is enabled."""
+        collections = self.data_collector.collections
+        wanted = any(one.enabled for name, one in collections.items() if name not in PAYLOAD_COLLECTIONS)
+        return self.custom_logging or (CustomLogging() if wanted else None)
 
     @property
     def management_url(self) -> str:

@@ -33,6 +33,11 @@ class Proxy:
     def url(self) -> str:
         return f"http://{self.app.address}"
 
+    @property
+    def frames_url(self) -> str:
+        """Where the SDK posts to."""
+        return f"http://{self.app.custom_logging_address}/modeldata/log"
+
     def account(self) -> Account:
         return self.app.ledger.account()
 
@@ -69,6 +74,7 @@ async def proxy(upstream: str, storage: Path, **overrides: object) -> AsyncItera
             "proxy.listen": "127.0.0.1:0",
             "storage.url": str(storage),
             "proxy.drain_seconds": 2,
+            **({"custom_logging.listen": "127.0.0.1:0"} if _has_frames(**overrides) else {}),
             **{key.replace("__", "."): value for key, value in overrides.items()},
         },
         environ={},
@@ -78,6 +84,11 @@ async def proxy(upstream: str, storage: Path, **overrides: object) -> AsyncItera
     for thread in threading.enumerate():
         if thread.name == "spool-writer":  # it says that it is done a moment before it ends
             thread.join(1)
+
+
+def _has_frames(*, data_collector: Any = None, **_: object) -> bool:
+    collections = (data_collector or {}).get("collections", {})
+    return not set(collections) <= {"request", "response"}
 
 
 @dataclass

@@ -146,7 +146,7 @@ def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
 
 
 def test_what_is_not_recorded_is_not_said_to_be(tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text("data_collector: {collections: {model_inputs: {enabled: 'True'}}}\n")
+    (tmp_path / "c.yaml").write_text("data_collector: {collections: {request: {enabled: 'False'}}}\n")
     command = [
         *COMMAND,
         "run",
@@ -162,11 +162,11 @@ def test_what_is_not_recorded_is_not_said_to_be(tmp_path: Path) -> None:
     environ = {**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parent.parent)}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environ) as process:
         assert process.stderr is not None
-        lines = [process.stderr.readline() for _ in range(3)]
+        lines = [process.stderr.readline() for _ in range(2)]
         process.terminate()
         process.stderr.read()
-    assert "neither request nor response is enabled; nothing is recorded" in lines[0]
-    assert lines[2].endswith("before http://127.0.0.1:9, recording nothing.\n")
+    assert "data_collector.collections: none is enabled; nothing is recorded" in lines[0]
+    assert lines[1].endswith("before http://127.0.0.1:9, recording nothing.\n")
 
 
 def test_check_says_what_goes_where_and_makes_nothing(tmp_path: Path) -> None:

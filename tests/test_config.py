@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from proxy.config import AZURE_KEYS, ConfigError, Loaded, keys, load, variable_of
-from proxy.settings import Admin, Collection, Durability, ForwardedHeaders, RollingRate, Settings
+from proxy.settings import Admin, Collection, CustomLogging, Durability, ForwardedHeaders, RollingRate, Settings
 
 Load = Callable[..., Loaded]
 Problems = Callable[..., list[str]]
@@ -115,10 +115,7 @@ def at(loaded: Loaded, path: str) -> Any:
 # What Azure ML's own files hold
 
 
-NOTHING = (
-    "data_collector.collections: neither request nor response is enabled; nothing is recorded; "
-    "add 'request: {enabled: true}'"
-)
+NOTHING = "data_collector.collections: none is enabled; nothing is recorded; add 'request: {enabled: true}'"
 
 
 @pytest.mark.parametrize("as_", ["config", "deployment"])
@@ -129,13 +126,8 @@ def test_the_documentations_managed_deployment(read: Load, as_: str) -> None:
         "model_inputs": Collection(enabled=True),
         "model_outputs": Collection(enabled=True),
     }
-    assert loaded.warnings == (
-        f"c.yaml: {NOTHING}",
-        *(
-            f"c.yaml: data_collector.collections.{name}: not recorded; this version records request and response only"
-            for name in ("model_inputs", "model_outputs")
-        ),
-    )
+    assert loaded.warnings == ()
+    assert loaded.settings.sdk_endpoint == CustomLogging()
 
 
 @pytest.mark.parametrize("as_", ["config", "deployment"])
@@ -912,7 +904,7 @@ CAPTURED_HEADERS = {
         (
             "{admin: {}, custom_logging: {}}",
             [
-                "custom_logging: this version does not serve it yet",
+                "custom_logging: no collection but request and response is enabled; every frame will be refused",
                 "admin: this version does not serve it yet",
             ],
         ),
@@ -1003,5 +995,4 @@ def test_a_block_that_lost_its_indentation_is_named(read: Load, as_: str) -> Non
 def test_a_misspelt_collection_is_named(read: Load) -> None:
     loaded = read("data_collector: {collections: {reqest: {enabled: true}, response: {enabled: true}}}")
     (warning,) = loaded.warnings
-    assert warning.startswith("c.yaml: data_collector.collections.reqest: not recorded; ")
-    assert warning.endswith("; did you mean 'request'?")
+    assert warning == "c.yaml: data_collector.collections.reqest: taken for custom logging; did you mean 'request'?"

@@ -11,8 +11,10 @@ from functools import lru_cache
 
 import orjson
 
+from proxy.settings import Settings
+
 _CACHED_CHARACTERS = 128  # content types and methods are the client's to choose, and to make as long as a head may be
-RESERVED = frozenset(
+DOCUMENTED = frozenset(
     {
         "specversion",
         "id",
@@ -34,14 +36,9 @@ RESERVED = frozenset(
         "database64",
         "dataschema",
         "subject",
-        # our own
-        "statuscode",
-        "durationms",
-        "capturestatus",
-        "bodybytes",
-        "contentencoding",
     }
 )
+RESERVED = DOCUMENTED | {"statuscode", "durationms", "capturestatus", "bodybytes", "contentencoding"}
 
 
 def source(subscription_id: str, resource_group: str, workspace: str, endpoint: str, deployment: str) -> str:
@@ -49,6 +46,18 @@ def source(subscription_id: str, resource_group: str, workspace: str, endpoint: 
     return (
         f"/subscriptions/{subscription_id}/resourceGroups/{resource_group}/providers/Microsoft.MachineLearningServices"
         f"/workspaces/{workspace}/onlineEndpoints/{endpoint}/deployments/{deployment}"
+    )
+
+
+def source_of(settings: Settings) -> str:
+    """The events' ``source``."""
+    workspace = settings.azureml
+    return source(
+        workspace.subscription_id if workspace else "",
+        workspace.resource_group if workspace else "",
+        workspace.workspace_name if workspace else "",
+        settings.endpoint_name,
+        settings.name,
     )
 
 
@@ -73,7 +82,12 @@ def json_string(text: str) -> bytes:
     try:
         return orjson.dumps(text)
     except TypeError:  # surrogate escapes
-        return orjson.dumps(text.encode("utf-8", "surrogateescape").decode("latin-1"))
+        return orjson.dumps(as_latin1(text))
+
+
+def as_latin1(text: str) -> str:
+    """What was no UTF-8, and came with surrogate escapes for it, read as latin-1."""
+    return text.encode("utf-8", "surrogateescape").decode("latin-1")
 
 
 _cached = lru_cache(maxsize=1024)(json_string)
@@ -120,6 +134,7 @@ class LineFormat:
         content_type: str,
         time: bytes,
         data: bytes,
+        data_name: bytes = b"data",
         target: str | None = None,
         method: str | None = None,
         range_: bytes,
@@ -127,18 +142,21 @@ class LineFormat:
         request_id: str,
         extensions: bytes = b"",
     ) -> bytes:
-        """A line with its LF. ``data`` is a JSON value without line ends; ``extensions`` begin with a comma each."""
+        """A line with its LF. ``event_id`` is fit to stand in a JSON string, ``data`` is a JSON value without line ends;
+        ``extensions`` begin with a comma each.
+        """
         correlation = json_string(request_id)
         requested = b""
         if target is not None:
             requested = b',"path":%b,"method":%b' % (json_string(target), _json_string_cached(method or ""))
         return (
-            b'{"specversion":"1.0","id":"%b%b%b,"time":"%b","data":%b%b,"contentrange":"%b"%b,"correlationid":%b,"xrequestid":%b%b}\n'
+            b'{"specversion":"1.0","id":"%b%b%b,"time":"%b","%b":%b%b,"contentrange":"%b"%b,"correlationid":%b,"xrequestid":%b%b}\n'
             % (
                 event_id.encode(),
                 self._after_id,
                 _json_string_cached(content_type),
                 time,
+                data_name,
                 data,
                 requested,
                 range_,

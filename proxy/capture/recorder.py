@@ -10,7 +10,7 @@ from multidict import CIMultiDictProxy
 
 from proxy.capture.body import Tee, TeeLimits
 from proxy.capture.decoding import Undecodable, codings, decoded
-from proxy.capture.event import LineFormat, content_range, header_fields, json_string, source, timestamp
+from proxy.capture.event import LineFormat, content_range, header_fields, json_string, source_of, timestamp
 from proxy.capture.payload import Kind, claim, embedded
 from proxy.capture.policy import Policy
 from proxy.ledger import Discard
@@ -31,17 +31,9 @@ class PayloadRecorder:
     """Payload logging: the ``request`` and ``response`` collections. Settings are read once."""
 
     def __init__(self, settings: Settings, spool: Spool) -> None:
-        workspace = settings.azureml
-        source_name = source(
-            workspace.subscription_id if workspace else "",
-            workspace.resource_group if workspace else "",
-            workspace.workspace_name if workspace else "",
-            settings.endpoint_name,
-            settings.name,
-        )
         self.spool = spool
         self.policy = Policy(settings.data_collector, settings.capture)
-        self.formats = {name: LineFormat(name, source_name) for name in (REQUEST, RESPONSE)}
+        self.formats = {name: LineFormat(name, source_of(settings)) for name in (REQUEST, RESPONSE)}
         self.extended = settings.capture.extended_fields
         names = settings.data_collector.request_logging.capture_headers if self.extended else ()
         self.header_fields = [(name, b',"%b":' % field.encode()) for name, field in header_fields(names).items()]
@@ -140,7 +132,7 @@ class ExchangeRecording:
     def response_piece(self, data: bytes) -> Awaitable[None] | None:
         return self._response.add(data) if self._response is not None else None
 
-    def finish(self, ending: Ending) -> asyncio.Future[None] | None:
+    def finish(self, ending: Ending) -> asyncio.Future[bool] | None:
         self._ending = ending
         self.duration_seconds = time.monotonic() - self._began
         if ending is Ending.CLIENT_LEFT:
@@ -166,6 +158,9 @@ class ExchangeRecording:
         for tee in (self._request, self._response):
             if tee is not None:
                 tee.discard()
+
+    def not_written(self, collection: str, reason: str) -> None:
+        """See ``proxy.spool.writer.Entry``: nobody waits to hear of it."""
 
     # --- asked by the writer thread ---
 

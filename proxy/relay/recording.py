@@ -44,8 +44,11 @@ class Recording(Protocol):
 
     def response_piece(self, data: bytes) -> Awaitable[None] | None: ...
 
-    def finish(self, ending: Ending) -> asyncio.Future[None] | None:
-        """The exchange is over. What is returned is done when the end of the response may leave; None: at once."""
+    def finish(self, ending: Ending) -> asyncio.Future[bool] | None:
+        """The exchange is over. What is returned is done when the end of the response may leave; None: at once.
+
+        Its result is whether the recording is by then as durable as the settings ask.
+        """
 
     def abandon(self) -> None:
         """Nothing more will be told, by a defect of the recording."""
@@ -138,9 +141,9 @@ class Witness:
                 self._lose(error)
         return None
 
-    def finish(self, ending: Ending) -> asyncio.Future[None] | None:
+    def finish(self, ending: Ending) -> asyncio.Future[bool] | None:
         """The first call counts; what is to be awaited before the end of the response leaves."""
-        held: asyncio.Future[None] | None = None
+        held: asyncio.Future[bool] | None = None
         if self._recording is not None:
             try:
                 held = self._recording.finish(ending)

@@ -34,6 +34,7 @@ PROBE_SECONDS = 1.0  # while the disk fails, and traffic is rejected for it, one
 BODY_WAIT_SECONDS = 1.0  # longest that a piece of a large body waits; a disk that hangs costs it once, not each body
 QUIET_SECONDS = 60.0  # after this long without a refusal, the next one is news again
 CALM_SECONDS = 0.5  # without a failure, before a disk counts as mended: one nearly full takes some lines and not others
+_DEFECT = "a defect of payload-logger"
 
 
 class Store(Protocol):
@@ -55,6 +56,9 @@ class Entry(Protocol):
 
     def discard(self) -> None:
         """The entry is not going to be rendered. Called on the loop."""
+
+    def not_written(self, collection: str, reason: str) -> None:
+        """The entry's lines of ``collection`` are discarded, and counted. Called on the writer thread."""
 
 
 class Flow(Protocol):
@@ -92,8 +96,9 @@ class _Room:
         return self.spool.wait_for_room(self.body).__await__()
 
 
-_Group = tuple[list[tuple["Entry", "asyncio.Future[None] | None"]], int]
-_Job = tuple[Entry, "asyncio.Future[None] | None"] | Callable[[], int] | None
+_Submitted = tuple[Entry, "asyncio.Future[bool] | None"]
+_Group = tuple[list[_Submitted], int]
+_Job = _Submitted | Callable[[], int] | None
 
 
 class Spool:
@@ -126,7 +131,7 @@ class Spool:
         self._is_closed = False
         self._worker = threading.Thread(target=self._run, name="spool-writer", daemon=True)
         self._closed: asyncio.Future[None] = loop.create_future()
-        self._held: deque[tuple[float, asyncio.Future[None]]] = deque()
+        self._held: deque[tuple[float, asyncio.Future[bool]]] = deque()
         self._hold_timer: asyncio.TimerHandle | None = None
         self._spilled_bytes = 0
         self._progress: asyncio.Event = asyncio.Event()
@@ -137,6 +142,7 @@ class Spool:
         self._probe_at = 0.0
         self._refused_at = -QUIET_SECONDS
         self._behind = False
+        self.is_late = False  # what was submitted was let go after max_hold, and nothing was written since
 
     def start(self) -> None:
         self._loop.add_reader(self._for_loop.fileno(), self._collect)
@@ -163,7 +169,7 @@ class Spool:
             if self._hold_timer is not None:
                 self._hold_timer.cancel()
             while self._held:
-                _set_done(self._held.popleft()[1])
+                _set_result(self._held.popleft()[1], False)
 
     # --- called by capture, on the loop ---
 
@@ -182,8 +188,11 @@ class Spool:
         self._probe_at = now + PROBE_SECONDS
         return True
 
-    def submit(self, entry: Entry) -> asyncio.Future[None] | None:
-        """Records ``entry``. What is returned is done when it is as durable as the settings ask; None: no need to wait."""
+    def submit(self, entry: Entry) -> asyncio.Future[bool] | None:
+        """Records ``entry``. What is returned is done when it need not be waited for any longer; None: now.
+
+        Its result is whether the writer thread has dealt with ``entry`` by then, and not just max_hold gone by.
+        """
         self.ledger.receive(entry.events)
         if self._is_closed:
             self.ledger.settle()
@@ -270,15 +279,17 @@ class Spool:
                 if left > 0:
                     self._hold_timer = self._loop.call_later(left, self._let_go)
                     break
-                future.set_result(None)
+                future.set_result(False)
                 released += 1
             self._held.popleft()
         if released:
+            self.is_late = True
             self.ledger.release_unheld(released)
 
     def _ended(self) -> None:
         self._thread_done = True
-        _set_done(self._closed)
+        if not self._closed.done():
+            self._closed.set_result(None)
         if self._is_closed:  # without waiting for the thread
             self._close_bells()
 
@@ -295,16 +306,17 @@ class Spool:
             group, spilled = self._groups.popleft()
             self._written(group, spilled)
 
-    def _written(self, group: list[tuple[Entry, asyncio.Future[None] | None]], spilled_bytes: int) -> None:
+    def _written(self, group: list[_Submitted], spilled_bytes: int) -> None:
         """A group is written, or discarded and counted."""
         for entry, future in group:
             self.memory.held_bytes -= entry.held_bytes + ENTRY_BYTES
             if future is not None:
-                _set_done(future)
+                _set_result(future, True)
         held = self._held
         while held and held[0][1].done():
             held.popleft()
         self._behind = False
+        self.is_late = False
         if spilled_bytes:
             self._spilled_bytes -= spilled_bytes
             self.stalled = False
@@ -329,7 +341,7 @@ class Spool:
 
     def _write_group(self) -> bool:
         """Takes what waits, up to a limit; whether the thread is to end."""
-        group: list[tuple[Entry, asyncio.Future[None] | None]] = []
+        group: list[_Submitted] = []
         lines: dict[str, list[bytes]] = {}
         spilled = size = 0
         stopping = False
@@ -344,7 +356,7 @@ class Spool:
                     size += self._render(job[0], lines)
                 else:
                     spilled += self._do(job)
-            self._append(lines)
+            self._append(lines, group)
         except Exception:
             logger.exception("A group could not be written whole, by a defect of payload-logger; the thread goes on.")
         self._groups.append((group, spilled))
@@ -366,39 +378,46 @@ class Spool:
                 size += len(line)
         except Exception:
             self.ledger.discard(Discard.RENDER_FAILED, entry.events)
+            entry.not_written("", _DEFECT)
             logger.exception(
                 "An event could not be rendered, by a defect of payload-logger; it is discarded and counted."
             )
         return size
 
-    def _append(self, lines: dict[str, list[bytes]]) -> None:
+    def _append(self, lines: dict[str, list[bytes]], group: list[_Submitted]) -> None:
+        for collection, written in lines.items():
+            failure = self._append_to(collection, written)
+            if failure is not None:
+                for entry, _ in group:
+                    entry.not_written(collection, failure)
         try:
-            for collection, group in lines.items():
-                try:
-                    self.files.append(collection, group)
-                except SpoolFull:
-                    self._fail(Discard.SPOOL_FULL, len(group), "the disk budget (spool.max_bytes) is used up")
-                except OSError as error:
-                    self._fail(Discard.WRITE_FAILED, len(group), f"{error.strerror}: {error.filename or 'spool file'}")
-                except Exception:
-                    logger.exception("Events could not be written, by a defect of payload-logger; they are discarded.")
-                    self.ledger.discard(Discard.RENDER_FAILED, len(group))
-                else:
-                    if self.files.is_remote(collection):
-                        self.ledger.keep(len(group))
-                    else:
-                        self.ledger.deliver(len(group))
-                    if self._troubles and time.monotonic() - self._failed_at > CALM_SECONDS:
-                        logger.warning(
-                            "Recording goes on; %d events were discarded since it stopped.", self._lost_in_trouble
-                        )
-                        self._troubles.clear()
-                        self._lost_in_trouble = 0
             self.files.end()
         except OSError as error:
             logger.error("Lines are written, but could not be synced to the disk: %s.", error)
 
-    def _fail(self, reason: Discard, events: int, words: str) -> None:
+    def _append_to(self, collection: str, lines: list[bytes]) -> str | None:
+        """Why the lines were not written; None: they were."""
+        try:
+            self.files.append(collection, lines)
+        except SpoolFull:
+            return self._fail(Discard.SPOOL_FULL, len(lines), "the disk budget (spool.max_bytes) is used up")
+        except OSError as error:
+            return self._fail(Discard.WRITE_FAILED, len(lines), f"{error.strerror}: {error.filename or 'spool file'}")
+        except Exception:
+            logger.exception("Events could not be written, by a defect of payload-logger; they are discarded.")
+            self.ledger.discard(Discard.RENDER_FAILED, len(lines))
+            return _DEFECT
+        if self.files.is_remote(collection):
+            self.ledger.keep(len(lines))
+        else:
+            self.ledger.deliver(len(lines))
+        if self._troubles and time.monotonic() - self._failed_at > CALM_SECONDS:
+            logger.warning("Recording goes on; %d events were discarded since it stopped.", self._lost_in_trouble)
+            self._troubles.clear()
+            self._lost_in_trouble = 0
+        return None
+
+    def _fail(self, reason: Discard, events: int, words: str) -> str:
         self.ledger.discard(reason, events)
         self._lost_in_trouble += events
         self._failed_at = time.monotonic()
@@ -406,8 +425,9 @@ class Spool:
             self._troubles.add(words)
             traffic = "Requests get 503" if self._rejects else "Traffic goes on, events are discarded and counted,"
             logger.error("Recording stopped: %s. %s until there is room again.", words, traffic)
+        return words
 
 
-def _set_done(future: asyncio.Future[None]) -> None:
+def _set_result(future: asyncio.Future[bool], written: bool) -> None:
     if not future.done():
-        future.set_result(None)
+        future.set_result(written)

@@ -7,7 +7,7 @@ import contextlib
 import json
 import threading
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from proxy.ledger import Ledger
@@ -94,6 +94,7 @@ class Exchange:
     events: int = 2
     fails: bool = False
     discarded: int = 0
+    not_written_for: list[tuple[str, str]] = field(default_factory=list)
 
     def render(self, store: Store) -> list[tuple[str, bytes]]:
         if self.fails:
@@ -103,6 +104,9 @@ class Exchange:
 
     def discard(self) -> None:
         self.discarded += 1
+
+    def not_written(self, collection: str, reason: str) -> None:
+        self.not_written_for.append((collection, reason))
 
 
 @dataclass
