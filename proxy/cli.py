@@ -188,16 +188,17 @@ def _check(options: argparse.Namespace) -> int:
     settings = loaded.settings
     for warning in loaded.warnings:
         print(f"warning: {warning}")
-    print(f"listen     {settings.proxy.listen}")
-    print(f"upstream   {settings.proxy.upstream}")
-    for name, place in places(settings).items():
+    found = places(settings)
+    rows = [("listen", settings.proxy.listen), ("upstream", settings.proxy.upstream)]
+    for name, place in found.items():
         root = place.root_url if place.remote else place.root
-        print(f"{name:<10} {root}/{FOLDERS[settings.data_collector.rolling_rate]}/*.jsonl")
+        rows.append((name, f"{root}/{FOLDERS[settings.data_collector.rolling_rate]}/*.jsonl"))
     if settings.sdk_endpoint is not None:
-        print(f"frames     {settings.sdk_endpoint.listen} (custom logging)")
-    print(
-        f"{'spool' if any(place.remote for place in places(settings).values()) else 'locks':<10} {spool_path(settings)}"
-    )
+        rows.append(("frames", f"{settings.sdk_endpoint.listen} (custom logging)"))
+    rows.append(("spool" if any(place.remote for place in found.values()) else "locks", str(spool_path(settings))))
+    width = max(10, *(len(name) for name, _ in rows))
+    for name, words in rows:
+        print(f"{name:<{width}} {words}")
     print("The configuration is valid.")
     return run_loop(_connect(settings)) if options.connect else 0
 

@@ -16,9 +16,10 @@ from aiohttp import ClientSession, TCPConnector
 from proxy import dummy_model, logs
 from proxy.app import App, StartError, running
 from proxy.config import ConfigError, load
-from proxy.settings import LogLevel, Logs, Settings
+from proxy.settings import PAYLOAD_COLLECTIONS, LogLevel, Logs, Settings
 
 DEFAULT_LISTEN = "127.0.0.1:8080"
+DEFAULT_FRAMES_LISTEN = "127.0.0.1:50011"  # where the SDK looks
 REMOTE_SPOOL = "demo-data/spool"  # for a dataset that goes further
 _IRIS = {"data": [[5.1, 3.5, 1.4, 0.2], [6.7, 3.0, 5.2, 2.3]]}
 
@@ -51,12 +52,13 @@ async def demo(*, listen: str | None, storage: str, once: bool) -> int:
     try:
         async with contextlib.AsyncExitStack() as stack:
             try:
-                app = await stack.enter_async_context(running(_settings(model_url, listen or DEFAULT_LISTEN, storage)))
+                settings = _settings(model_url, listen or DEFAULT_LISTEN, DEFAULT_FRAMES_LISTEN, storage)
+                app = await stack.enter_async_context(running(settings))
             except StartError:
-                if listen is not None:
-                    raise
-                app = await stack.enter_async_context(running(_settings(model_url, "127.0.0.1:0", storage)))
-                print(f"({DEFAULT_LISTEN} is in use; another port was taken.)")
+                settings = _settings(model_url, listen or "127.0.0.1:0", "127.0.0.1:0", storage)
+                app = await stack.enter_async_context(running(settings))
+                if listen is None:
+                    print(f"({DEFAULT_LISTEN} or {DEFAULT_FRAMES_LISTEN} is in use; other ports were taken.)")
             print(f"Dummy model on {model_url}, payload-logger before it on http://{app.address}\n")
             await _send(app)
             _show(app)
@@ -71,8 +73,13 @@ async def demo(*, listen: str | None, storage: str, once: bool) -> int:
     return 0
 
 
-def _settings(model_url: str, listen: str, storage: str) -> Settings:
-    flags: dict[str, str | None] = {"proxy.upstream": model_url, "proxy.listen": listen, "storage.url": storage}
+def _settings(model_url: str, listen: str, frames_listen: str, storage: str) -> Settings:
+    names = (*PAYLOAD_COLLECTIONS, "model_inputs", "model_outputs")
+    flags: dict[str, object] = {"proxy.upstream": model_url, "proxy.listen": listen, "storage.url": storage}
+    flags |= {
+        "custom_logging.listen": frames_listen,
+        "data_collector.collections": {name: {"enabled": True} for name in names},
+    }
     flags |= {"endpoint_name": "demo", "name": "blue", "spool.path": REMOTE_SPOOL if "://" in storage else None}
     return load(overrides=flags, environ={}).settings
 
@@ -90,7 +97,8 @@ async def _send(app: App) -> None:
 def _show(app: App) -> None:
     """Prints the newest lines of each collection, and the files of the dataset."""
     files: list[Path] = []
-    for name, place in app.places.items():
+    for name in PAYLOAD_COLLECTIONS:
+        place = app.places[name]
         found = sorted(
             (path for path in place.root.rglob("*") if path.is_file()), key=lambda path: path.stat().st_mtime
         )
@@ -115,6 +123,9 @@ async def _serve(app: App) -> None:
         "\nTry it, and look at the files again:\n"
         f"  curl -i http://{app.address}/score -H 'Content-Type: application/json' -d '{orjson.dumps(_IRIS).decode()}'\n"
         f"  curl -N 'http://{app.address}/stream?tokens=5&delay=0.3'\n"
+        "It takes the frames of the azureml-ai-monitoring SDK, too (docs/custom-logging.md has the script):\n"
+        f"  AZUREML_MDC_ENABLED=true AZUREML_MDC_PORT={str(app.custom_logging_address).rpartition(':')[2]} "
+        "python docs/examples/score.py\n"
         "Ctrl-C stops it."
     )
     stop = asyncio.Event()

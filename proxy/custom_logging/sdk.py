@@ -54,7 +54,7 @@ def environment(settings: Settings, options: CustomLogging) -> dict[str, str]:
         "AZUREML_MDC_PORT": port,
     }
     if options.sdk_config_path is not None:
-        return variables | {"AZUREML_MDC_CONFIG_PATH": options.sdk_config_path}
+        return variables | {"AZUREML_MDC_CONFIG_PATH": str(Path(options.sdk_config_path).absolute())}
     rates = {
         _percentage(settings, name)
         for name, one in settings.data_collector.collections.items()

@@ -133,14 +133,14 @@ class Shipping:
     def kept_bytes(self) -> int:
         return sum(path.stat().st_size for path in self.kept.iterdir())
 
-    async def all_is_at(self, server: BlobServer) -> None:
+    async def all_is_at(self, server: BlobServer, within_seconds: float = SOON_SECONDS) -> None:
         """Waits until every byte that the spool has had is in a blob of ``server``."""
 
         def arrived() -> int:
             foreign = server.happened["foreign write"] * len(FOREIGN)
             return sum(len(blob.data) for blob in server.blobs.values() if blob.kind == APPEND_BLOB) - foreign
 
-        await until(lambda: arrived() >= self.kept_bytes(), SOON_SECONDS)
+        await until(lambda: arrived() >= self.kept_bytes(), within_seconds)
 
     async def stop(self, proxy: ProxyProcess) -> tuple[int, ...]:
         """SIGTERM, exit 0: received, delivered, discarded, pending."""
