@@ -30,7 +30,7 @@ class NotRowsError(ValueError):
 def check(body: bytes | bytearray) -> None:
     """Raises NotRowsError unless ``body`` is such an array; an empty one is."""
     start, end = _trimmed(body)
-    if body[start:end][:1] != b"[":
+    if body[start : min(start + 1, end)] != b"[":
         raise NotRowsError(_other(body[start:end]))
     start += 1
     rows = 0
