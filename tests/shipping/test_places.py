@@ -221,7 +221,7 @@ def test_a_disabled_collection_has_no_place(tmp_path: Path) -> None:
         "collections": {"request": {"enabled": False}, "response": {"enabled": True}, "custom": {"enabled": True}}
     }
     found = places(given_settings(tmp_path, BLOB, data_collector=collections))
-    assert set(found) == {"response"}
+    assert set(found) == {"response", "custom"}
 
 
 # --- the spool and its budget ---

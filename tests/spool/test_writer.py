@@ -18,9 +18,9 @@ import pytest
 
 from proxy.capture.body import Tee, TeeLimits
 from proxy.settings import Durability, WhenFull
-from proxy.spool.files import Files, LineFile
+from proxy.spool.files import Files, LineFile, SpoolFull
 from proxy.spool.writer import ENTRY_BYTES, GROUP_JOBS, HANDOFF_BYTES, PROBE_SECONDS
-from tests.spool.workbench import MIB, Exchange, hung, spool
+from tests.spool.workbench import MIB, Exchange, Running, hung, spool
 
 # --- writing ---
 
@@ -252,6 +252,144 @@ async def test_a_body_waits_for_a_disk_that_is_slow_and_loses_nothing(tmp_path: 
         assert tee.kept_bytes == 64 * MIB
         assert s.ledger.account().bodies_cut == 0
         tee.discard()
+
+
+# --- what an entry is told ---
+
+
+class FailingFor(Files):
+    """A disk that takes no lines of ``response``."""
+
+    error: Exception = OSError(28, "No space left on device")
+
+    def append(self, collection: str, lines: list[bytes]) -> None:
+        if collection == "response":
+            raise self.error
+        super().append(collection, lines)
+
+
+async def told(s: Running, *entries: Exchange) -> list[bool | None]:
+    """What submitting them comes to. They are written together."""
+    futures = [s.spool.submit(entry) for entry in entries]
+    async with asyncio.timeout(5):
+        return [None if future is None else await future for future in futures]
+
+
+async def test_an_entry_that_is_written_is_told_nothing(tmp_path: Path) -> None:
+    async with spool(tmp_path, max_hold_seconds=30) as s:
+        entry = Exchange(0)
+        assert await told(s, entry) == [True]
+        assert (entry.not_written_for, entry.discarded) == ([], 0)
+        assert not s.spool.is_late
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "counted"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device: spool file", "write_failed"),
+        (OSError(30, "Read-only file system", "/data/x"), "Read-only file system: /data/x", "write_failed"),
+        (SpoolFull(), "the disk budget (spool.max_bytes) is used up", "spool_full"),
+        (ZeroDivisionError(), "a defect of payload-logger", "render_failed"),
+    ],
+)
+async def test_entries_are_told_which_of_their_lines_are_not_written(
+    tmp_path: Path, error: Exception, reason: str, counted: str
+) -> None:
+    class Failing(FailingFor):
+        pass
+
+    Failing.error = error
+    async with spool(tmp_path, max_hold_seconds=30, kind=Failing) as s:
+        entries = [Exchange(number) for number in range(3)]
+        assert await told(s, *entries) == [True] * 3
+        assert [entry.not_written_for for entry in entries] == [[("response", reason)]] * 3
+        assert s.ledger.account().discarded == {counted: 3}
+        assert s.ledger.account().delivered == 3
+        assert [entry.discarded for entry in entries] == [0] * 3
+
+
+async def test_an_entry_is_told_before_its_future_is_done(tmp_path: Path) -> None:
+    class Late(FailingFor):
+        def end(self) -> None:
+            go_on.wait(30)
+            super().end()
+
+    go_on = threading.Event()
+    async with spool(tmp_path, max_hold_seconds=30, kind=Late) as s:
+        entry = Exchange(0)
+        future = s.spool.submit(entry)
+        assert future is not None
+        while not entry.not_written_for:
+            assert not future.done()
+            await asyncio.sleep(0.002)
+        go_on.set()
+        assert await future is True
+
+
+async def test_only_the_entry_that_can_not_be_rendered_is_told_so(tmp_path: Path) -> None:
+    async with spool(tmp_path, max_hold_seconds=30) as s:
+        entries = [Exchange(number, fails=number == 1) for number in range(3)]
+        assert await told(s, *entries) == [True] * 3
+        assert [entry.not_written_for for entry in entries] == [[], [("", "a defect of payload-logger")], []]
+
+
+async def test_what_is_written_later_is_not_told_of_an_earlier_failure(tmp_path: Path) -> None:
+    class Once(FailingFor):
+        def append(self, collection: str, lines: list[bytes]) -> None:
+            if b'"number": 0,' in lines[0]:
+                super().append(collection, lines)
+            else:
+                Files.append(self, collection, lines)
+
+    async with spool(tmp_path, max_hold_seconds=30, kind=Once) as s:
+        first, second = Exchange(0), Exchange(1)
+        assert await told(s, first) == [True]
+        assert await told(s, second) == [True]
+        assert [len(entry.not_written_for) for entry in (first, second)] == [1, 0]
+
+
+async def test_what_was_let_go_is_late_until_something_is_written(tmp_path: Path) -> None:
+    files = hung()
+    async with spool(tmp_path, max_hold_seconds=0.01, kind=files) as s:
+        first = s.spool.submit(Exchange(0))
+        assert first is not None
+        assert not s.spool.is_late
+        async with asyncio.timeout(5):
+            assert await first is False
+        assert s.spool.is_late
+        s.spool._max_hold_seconds = 1000.0
+        second = s.spool.submit(Exchange(1))
+        assert second is not None
+        files.gate.set()
+        async with asyncio.timeout(5):
+            assert await second is True
+        assert not s.spool.is_late
+        assert await told(s, Exchange(2)) == [True]
+
+
+async def test_a_refused_entry_is_discarded_and_there_is_nothing_to_wait_for(tmp_path: Path) -> None:
+    files = hung()
+    async with spool(tmp_path, memory_bytes=0, max_hold_seconds=1000, kind=files) as s:
+        first = s.spool.submit(Exchange(0))
+        assert first is not None
+        while not s.spool.is_full:
+            s.spool.submit(Exchange(1))
+        entry = Exchange(-1)
+        assert await told(s, entry) == [None]
+        assert (entry.discarded, entry.not_written_for) == (1, [])
+        files.gate.set()
+        async with asyncio.timeout(10):
+            assert await first is True
+
+
+async def test_what_waits_when_a_disk_that_hangs_is_left_was_not_written(tmp_path: Path) -> None:
+    files = hung()
+    async with spool(tmp_path, max_hold_seconds=1000, kind=files) as s:
+        future = s.spool.submit(Exchange(0))
+        assert future is not None
+        assert await asyncio.to_thread(files.waiting.wait, 5)
+        await s.spool.close(timeout_seconds=0.05)
+        assert future.result() is False
 
 
 # --- the end ---
