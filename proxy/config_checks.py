@@ -20,6 +20,7 @@ Finding: TypeAlias = tuple[tuple[KeyPath, ...], str]  # the keys that it is abou
 
 _COLLECTIONS = ("data_collector", "collections")
 MAX_INLINE_BYTES = 16 * MIB
+_NEAR = 0.85  # requests, respnse; not model_request
 _CREDENTIALS = {"authorization", "proxy-authorization", "cookie", "x-api-key", "api-key", "ocp-apim-subscription-key"}
 
 
@@ -116,11 +117,12 @@ def _root(path: str) -> str:
 
 
 def _custom_logging(settings: Settings) -> Iterator[Finding]:
-    names: dict[str, str] = {}
+    names = {name: name for name in PAYLOAD_COLLECTIONS}
     for name in settings.data_collector.collections:
         other = names.setdefault(name.lower(), name)
         if other != name:
-            words = f"the same as {shown(other)} but for case; the SDK has all names in lower case"
+            words = f"the same as {shown(other)} but for case; "
+            words += f"write '{other}'" if other in PAYLOAD_COLLECTIONS else "the SDK has all names in lower case"
             yield ((*_COLLECTIONS, name), (*_COLLECTIONS, other)), words
     options = settings.custom_logging
     if options is not None and options.listen.startswith("unix:"):
@@ -176,7 +178,7 @@ def _little_is_recorded(settings: Settings) -> Iterator[Finding]:
         yield (("data_collector", "sampling_rate"),), "0; a collection without a rate of its own records nothing"
     for name, one in enabled:
         if name not in PAYLOAD_COLLECTIONS:
-            for near in difflib.get_close_matches(name.lower(), PAYLOAD_COLLECTIONS, n=1):
+            for near in difflib.get_close_matches(name.lower(), PAYLOAD_COLLECTIONS, n=1, cutoff=_NEAR):
                 yield ((*_COLLECTIONS, name),), f"taken for custom logging; did you mean '{near}'?"
         if one.sampling_rate == 0:
             yield ((*_COLLECTIONS, name, "sampling_rate"),), "0; it records nothing"

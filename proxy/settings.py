@@ -138,7 +138,11 @@ class DataCollector(Struct, frozen=True, kw_only=True):
         Meta(description="Partition of the dataset: yyyy/MM/dd/HH for Hour. Azure ML's model monitor reads only Hour."),
     ] = RollingRate.HOUR
     sampling_rate: Annotated[
-        Rate, Meta(description="Part of the exchanges that is recorded, 0 to 1. Applies to every collection.")
+        Rate,
+        Meta(
+            description="Part of the exchanges that is recorded, 0 to 1. Applies to every collection; those of custom logging "
+            "are sampled by the SDK (payload-logger sdk-env)."
+        ),
     ] = 1.0
     request_logging: Annotated[
         RequestLogging, Meta(description="What is recorded of a request beside its payload.")

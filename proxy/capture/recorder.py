@@ -261,6 +261,8 @@ class RecordedBody:
             packed = self._encoding is not None and codings(self._encoding) != ()
             large = not packed and claim(content_type)[0] in (Kind.JSON, Kind.TEXT)
             self._point_to(tee.file.finish(self.content_type, large=large))
+            if tee.file.cut:
+                tee.spool.ledger.cut_body()
         elif tee.kept_bytes:
             self._hold(store, content_type, max_inline_bytes, max_decoded_bytes)
         else:

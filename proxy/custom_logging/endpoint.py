@@ -8,7 +8,10 @@ scoring script, and no answer waits for a disk that hangs.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from collections.abc import Mapping
+from operator import itemgetter
 from time import monotonic, time
 from typing import Any
 
@@ -20,7 +23,7 @@ from proxy.custom_logging.frame import TYPE_PREFIX, Frame, collection
 from proxy.custom_logging.recorder import FrameRecorder, NotRecordedError, Outcome
 from proxy.ledger import Refusal
 from proxy.settings import PAYLOAD_COLLECTIONS, CustomLogging, Settings
-from proxy.spool.writer import Spool
+from proxy.spool.writer import Memory, Spool
 
 logger = logging.getLogger("payload_logger.custom_logging")
 
@@ -28,20 +31,22 @@ PATH = "/modeldata/log"
 RECEIVE_SECONDS = 30.0  # for a frame to arrive
 KEEPALIVE_SECONDS = 15.0  # the SDK takes a new connection for each frame
 STOP_SECONDS = 2.0  # for what is under way when the proxy stops
+_MOMENT_SECONDS = 0.1  # for its answer to leave
 QUIET_SECONDS = 60.0  # after this long without a refusal for the same reason, the next one is news again
 ASIDE_BYTES = 64 * 1024  # from here on a frame is checked in a thread aside
-_MAX_HEADER_BYTES = 64 * 1024
 _SHOWN_CHARACTERS = 200
 _COLLECTIONS = "data_collector.collections"
+_COMPACT_TYPE = "application/octet-stream"
 
 
 class RefusedError(Exception):
-    """A frame is not taken; the message is a sentence for its sender."""
+    """A frame is not taken. The message is a sentence for its sender; ``near``, a part of its data, for nobody else."""
 
-    def __init__(self, status: int, reason: Refusal | None, words: str) -> None:
+    def __init__(self, status: int, reason: Refusal | None, words: str, near: str = "") -> None:
         super().__init__(words)
         self.status = status
         self.reason = reason
+        self.near = near
 
 
 class FrameEndpoint:
@@ -49,17 +54,25 @@ class FrameEndpoint:
 
     def __init__(self, settings: Settings, options: CustomLogging, spool: Spool) -> None:
         self._listen_address = options.listen
+        self._arriving = Memory(settings.capture.memory_bytes // 2)  # what arrives takes nothing of the traffic's
         self._max_body_bytes, self._limit = min(  # a frame is in memory as a whole
-            (options.max_body_bytes, "custom_logging.max_body_bytes"),
-            (settings.capture.memory_bytes, "capture.memory_bytes"),
+            (options.max_body_bytes, "custom_logging.max_body_bytes allows"),
+            (self._arriving.limit_bytes, "capture.memory_bytes allows, half of it"),
+            key=itemgetter(0),
         )
         self._spool = spool
         self._recorder = FrameRecorder(settings, options.batch_window, spool)
         # Names are compared without case: the SDK's own configuration has them in lower case.
         self._enabled = {name.lower(): name for name in self._recorder.formats}
-        self._disabled = {name.lower() for name, one in settings.data_collector.collections.items() if not one.enabled}
+        self._disabled = {
+            name.lower(): name for name, one in settings.data_collector.collections.items() if not one.enabled
+        }
         self._aside = asyncio.Semaphore()
-        self._told: dict[Refusal, float] = {}
+        self._told: dict[tuple[Refusal, str], float] = {}
+        self._under_way = 0
+        self._idle = asyncio.Event()
+        self._receiving: set[asyncio.Timeout] = set()
+        self._stopping = False
         quiet = logging.getLogger(f"{logger.name}.http")
         quiet.disabled = True  # it writes a traceback for whatever is no HTTP; who sent it gets an answer
         self._http = web.Server(
@@ -67,9 +80,10 @@ class FrameEndpoint:
             access_log=None,
             logger=quiet,
             keepalive_timeout=KEEPALIVE_SECONDS,
-            max_field_size=_MAX_HEADER_BYTES,
+            auto_decompress=False,
         )
         self._listener: Any = None
+        self._fractions = settings.capture.extended_fields  # of a second
 
     async def listen(self) -> str:
         """The address as bound. Raises OSError."""
@@ -82,36 +96,60 @@ class FrameEndpoint:
         """Takes no more connections, ends what is under way, hands over the batches."""
         if self._listener is not None:
             self._listener.close()
-        await self._http.shutdown(STOP_SECONDS)
+        await self._finish(STOP_SECONDS)
+        self._stopping = True
+        for arriving in self._receiving:
+            arriving.reschedule(0)
+        await self._finish(_MOMENT_SECONDS)
+        await self._http.shutdown(_MOMENT_SECONDS)
         self._recorder.close()
 
+    async def _finish(self, seconds: float) -> None:
+        """Waits until nothing is under way, for so long at most."""
+        if self._under_way:
+            self._idle.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._idle.wait()
+
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        self._under_way += 1
         try:
             outcome = await self._take(request)
             return web.Response(status=200 if outcome is Outcome.RECORDED else 202, text=outcome.value)
         except RefusedError as refused:
-            self._count(refused)
-            return web.Response(status=refused.status, text=str(refused))
+            return web.Response(status=refused.status, text=f"{refused}{refused.near}")
         except NotRecordedError as error:  # counted where it was discarded
             return web.Response(status=503, text=f"not recorded: {error}")
         except Exception:
             logger.exception("A frame was not taken, by a defect of payload-logger.")
             return web.Response(status=500, text="not recorded: a defect of payload-logger; its log says more")
+        finally:
+            self._under_way -= 1
+            if not self._under_way:
+                self._idle.set()
 
     async def _take(self, request: web.BaseRequest) -> Outcome:
         """Receives a frame and records it. Raises RefusedError or NotRecordedError."""
-        name = self._collection(request)
-        content_type = request.headers.get("content-type")
-        if claim(content_type)[0] is Kind.TEXT:
-            raise RefusedError(
-                415, Refusal.BAD_TYPE, f"a frame is sent as application/json, not {_shown(content_type)}"
-            )
-        body = await self._receive(request)
+        name = ""
         try:
-            await self._check(body, content_type)
-            frame = Frame.of(request.headers, time())
-        except BaseException:
-            self._spool.memory.release(len(body))
+            name = self._collection(request)
+            self._check_type(request.headers)
+            body = await self._receive(request)
+            try:
+                await self._check_rows(body, request.headers)
+                frame = Frame.of(request.headers, time(), fractions=self._fractions)
+                if not self._spool.memory.take(len(body)):
+                    raise _unavailable(
+                        "there is no memory for it (capture.memory_bytes): the disk is slower than the traffic"
+                    )
+            finally:
+                self._arriving.release(len(body))
+        except RefusedError as refused:
+            self._count(refused, name)
+            raise
+        except asyncio.CancelledError:
+            self._count(_unavailable("the proxy stops"), name)
             raise
         return await self._recorder.record(name, frame, body)
 
@@ -135,44 +173,58 @@ class FrameEndpoint:
             words = "is recorded of the traffic itself; give the Collector another name"
             raise RefusedError(403, Refusal.UNKNOWN_COLLECTION, f"the collection {_shown(name)} {words}")
         if name.lower() in self._disabled:
-            words = f"is disabled; set {_COLLECTIONS}.{name.lower()}.enabled to 'True'"
+            words = f"is disabled; set {_COLLECTIONS}.{self._disabled[name.lower()]}.enabled to 'True'"
             raise RefusedError(403, Refusal.DISABLED_COLLECTION, f"the collection {_shown(name)} {words}")
         known = ", ".join(map(repr, self._enabled.values())) or "none"
         words = f"is not in {_COLLECTIONS} (enabled are: {known})"
         raise RefusedError(404, Refusal.UNKNOWN_COLLECTION, f"the collection {_shown(name)} {words}")
 
+    def _check_type(self, headers: Mapping[str, str]) -> None:
+        content_type, encoding = headers.get("content-type"), headers.get("content-encoding")
+        if claim(content_type)[0] is Kind.TEXT or (claim(content_type)[0] is Kind.OTHER and not _is_compact(headers)):
+            words = f"a frame is sent as application/json, not {_shown(content_type)}"
+            raise RefusedError(415, Refusal.BAD_TYPE, words)
+        if encoding is not None and encoding.lower() not in ("", "identity"):
+            words = f"a frame is sent as it is, without Content-Encoding; here it is {_shown(encoding)}"
+            raise RefusedError(415, Refusal.BAD_TYPE, words)
+
     async def _receive(self, request: web.BaseRequest) -> bytearray:
-        """The body, held of the spool's memory."""
+        """The body, held of the memory for what arrives."""
         if (request.content_length or 0) > self._max_body_bytes:
             raise self._too_large(f"a body of {request.content_length} bytes")
         if request.headers.get("expect", "").lower() == "100-continue":
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             request.writer.output_size = 0
         body = bytearray()
+        arriving = asyncio.timeout(0 if self._stopping else RECEIVE_SECONDS)
+        self._receiving.add(arriving)
         try:
-            async with asyncio.timeout(RECEIVE_SECONDS):
+            async with arriving:
                 async for piece in request.content.iter_any():
                     if len(body) + len(piece) > self._max_body_bytes:
                         raise self._too_large("the body")
-                    if not self._spool.memory.take(len(piece)):
-                        words = "there is no memory for it (capture.memory_bytes): the disk is slower than the traffic"
-                        raise RefusedError(503, Refusal.UNAVAILABLE, f"not recorded: {words}")
+                    if not self._arriving.take(len(piece)):
+                        raise _unavailable("too many frames arrive at once (half of capture.memory_bytes is for them)")
                     body += piece
         except BaseException as error:
-            self._spool.memory.release(len(body))
+            self._arriving.release(len(body))
             if isinstance(error, TimeoutError):
+                if self._stopping:
+                    raise _unavailable("the proxy stops") from None
                 words = f"the frame did not arrive within {RECEIVE_SECONDS:g} s"
                 raise RefusedError(408, Refusal.MALFORMED, words) from None
-            if isinstance(error, OSError | ValueError | web.RequestPayloadError):  # cut, or not coded as it says
+            if isinstance(error, OSError | ValueError | web.RequestPayloadError):  # cut, or not framed as it says
                 raise RefusedError(400, Refusal.MALFORMED, "the frame did not arrive whole") from None
             raise
+        finally:
+            self._receiving.discard(arriving)
         return body
 
     def _too_large(self, what: str) -> RefusedError:
-        words = f"{what} is more than {self._limit} allows ({self._max_body_bytes}); collect fewer rows at once"
+        words = f"{what} is more than {self._limit} ({self._max_body_bytes}); collect fewer rows at once"
         return RefusedError(413, Refusal.TOO_LARGE, words)
 
-    async def _check(self, body: bytearray, content_type: str | None) -> None:
+    async def _check_rows(self, body: bytearray, headers: Mapping[str, str]) -> None:
         try:
             if len(body) < ASIDE_BYTES:
                 rows.check(body)
@@ -180,23 +232,33 @@ class FrameEndpoint:
                 async with self._aside:
                     await asyncio.to_thread(rows.check, body)
         except rows.NotRowsError as error:
-            if claim(content_type)[0] is Kind.JSON:
-                raise RefusedError(422, Refusal.NOT_ROWS, str(error)) from None
+            near = error.near and f", {error.near}"
+            if not _is_compact(headers):
+                raise RefusedError(422, Refusal.NOT_ROWS, str(error), near) from None
             words = (
-                "a frame is a JSON array of objects, sent as application/json; with AZUREML_MDC_FORMAT_COMPACT the SDK"
+                "; is it the SDK's compact format, a table for people to read? Set AZUREML_MDC_FORMAT_COMPACT to false, or "
+                "use AZUREML_MDC_CONFIG_PATH"
             )
-            raise RefusedError(
-                415, Refusal.BAD_TYPE, f"{words} sends a table for people to read instead: unset it ({error})"
-            ) from None
+            raise RefusedError(415, Refusal.BAD_TYPE, f"{error}{words}") from None
 
-    def _count(self, refused: RefusedError) -> None:
+    def _count(self, refused: RefusedError, collection: str) -> None:
         if refused.reason is None:  # it was no frame
             return
         self._spool.ledger.refuse(refused.reason)
-        now = monotonic()
-        if now - self._told.get(refused.reason, -QUIET_SECONDS) >= QUIET_SECONDS:
-            logger.warning("A frame was refused (%d): %s. Further ones are counted.", refused.status, refused)
-        self._told[refused.reason] = now
+        now, key = monotonic(), (refused.reason, collection)
+        if now - self._told.get(key, -QUIET_SECONDS) >= QUIET_SECONDS:
+            of = f" of {collection}" if collection else ""
+            logger.warning("A frame%s was refused (%d): %s. Further ones are counted.", of, refused.status, refused)
+        self._told[key] = now
+
+
+def _is_compact(headers: Mapping[str, str]) -> bool:
+    """Whether it may be the SDK's compact format: so it sends that, and not always the rows that we take."""
+    return headers.get("content-type", "").partition(";")[0].strip().lower() == _COMPACT_TYPE
+
+
+def _unavailable(why: str) -> RefusedError:
+    return RefusedError(503, Refusal.UNAVAILABLE, f"not recorded: {why}")
 
 
 def _shown(text: str | None) -> str:

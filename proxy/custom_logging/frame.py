@@ -5,6 +5,7 @@ Source: the requests of azureml-ai-monitoring 0.1.0b1 to 1.0.0, and lines of rea
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,6 +18,8 @@ TYPE_PREFIX = "azureml.inference."
 _SDKS_OWN = ("modelversion", "collectdatatype", "agent")  # in the order in which they stand in a line
 _TAKEN = DOCUMENTED.difference(_SDKS_OWN)
 _END_OF_TIME = 253402300800  # the year 10000
+_NUMBER = re.compile(r"[0-9]{1,12}(\.[0-9]{1,9})?")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +33,12 @@ class Frame:
     extensions: bytes
 
     @classmethod
-    def of(cls, headers: Mapping[str, str], now: float) -> Frame:
-        """``now``, in seconds since 1970, stands for a time that is not given, or is none."""
+    def of(cls, headers: Mapping[str, str], now: float, *, fractions: bool = True) -> Frame:
+        """``now``, in seconds since 1970, stands for a time that is not given, or is none. fractions: of a second, if given."""
         event_id = headers.get("trace-id") or ids.uuid4()
         return cls(
             event_id=json_string(event_id)[1:-1].decode(),
-            time=_time(headers.get("ce-time", ""), now),
+            time=_time(headers.get("ce-time", ""), now, fractions=fractions),
             request_id=headers.get("ce-x-request-id") or event_id,  # readers need one
             content_type=headers.get("content-type") or "application/json",
             extensions=_extensions(headers),
@@ -45,8 +48,8 @@ class Frame:
 def collection(headers: Mapping[str, str]) -> str | None:
     """The name of the collection that a frame is for."""
     kind = headers.get("ce-type", "")
-    if not kind.isprintable():  # so are surrogate escapes not
-        kind = as_latin1(kind)
+    if not kind.isascii():
+        kind = as_latin1(kind) if _SURROGATE.search(kind) else kind
     return kind[len(TYPE_PREFIX) :] or None if kind.lower().startswith(TYPE_PREFIX) else None
 
 
@@ -63,16 +66,15 @@ def _extensions(headers: Mapping[str, str]) -> bytes:
     return b"".join(b",%b:%b" % (json_string(name), json_string(fields[name])) for name in ordered)
 
 
-def _time(text: str, now: float) -> bytes:
+def _time(text: str, now: float, *, fractions: bool) -> bytes:
     """Of seconds since 1970, as the SDK gives it, or of RFC 3339, as CloudEvents has it."""
-    for read in (float, _from_iso):
-        try:
-            seconds = read(text)
-        except ValueError:
-            continue
-        if 0 <= seconds < _END_OF_TIME:
-            return timestamp(seconds, fractions=seconds % 1 != 0)
-    return timestamp(now, fractions=False)
+    try:
+        seconds = float(text) if _NUMBER.fullmatch(text) else _from_iso(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < _END_OF_TIME:
+        return timestamp(now, fractions=False)
+    return timestamp(seconds, fractions=fractions and seconds % 1 != 0)
 
 
 def _from_iso(text: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from enum import Enum
 
 from proxy import ids
@@ -25,7 +26,7 @@ class Outcome(Enum):
     """How far a frame has come."""
 
     RECORDED = "recorded"
-    LATE = "accepted; the disk takes its time"
+    ACCEPTED = "accepted; the disk has yet to confirm it"
     BATCHED = "accepted; it is recorded when custom_logging.batch_window is over"
 
 
@@ -51,8 +52,10 @@ class FrameRecorder:
         if self._batch_window_seconds:
             self._join(collection, frame, body)
             return Outcome.BATCHED
-        entry = FrameEntry(self, collection, frame, _in_one_line(body), len(body))
-        entry.held_bytes = len(body)
+        size = len(body)
+        entry = FrameEntry(self, collection, frame, _in_one_line(body), size)
+        entry.held_bytes = size
+        body.clear()  # while it is waited for, the frame is in memory but once
         return await self._submit(entry)
 
     def close(self) -> None:
@@ -62,33 +65,32 @@ class FrameRecorder:
 
     async def _submit(self, entry: FrameEntry) -> Outcome:
         written = self.spool.submit(entry)
-        in_time = True
-        if written is not None:  # while a disk hangs, the first frame has waited for max_hold; the others need not
-            in_time = not self.spool.is_late and await written
+        # While a disk hangs, the first frame has waited for max_hold; the others need not.
+        confirmed = written is not None and not self.spool.is_late and await written
         if entry.failure is not None:
             raise NotRecordedError(entry.failure)
-        return Outcome.RECORDED if in_time else Outcome.LATE
+        return Outcome.RECORDED if confirmed else Outcome.ACCEPTED
 
     async def _large(self, collection: str, frame: Frame, body: bytearray) -> FrameEntry:
         """An entry whose data is in a file of its own, named by an id of ours: a frame's may be anything."""
         file = BodyFile(self.spool, collection, ids.uuid4(), 0)
-        handed_over = 0
+        size = len(body)
         try:
-            for start in range(0, len(body), _PIECE_BYTES):
+            for start in range(0, size, _PIECE_BYTES):
                 piece = _in_one_line(body[start : start + _PIECE_BYTES])
                 await (file.write(piece) or asyncio.sleep(0))  # others get on meanwhile
-                handed_over += len(piece)
         except BaseException:
             file.discard()
             raise
         finally:
-            self.spool.memory.release(len(body))
-        if file.kept_bytes < handed_over:
+            self.spool.memory.release(size)
+            body.clear()
+        if file.gave_up:
             file.discard()
             self.spool.ledger.receive(1)
             self.spool.ledger.discard(Discard.MEMORY_FULL, 1)
             raise NotRecordedError("the disk is slower than the frames, or hangs")
-        return FrameEntry(self, collection, frame, file, len(body))
+        return FrameEntry(self, collection, frame, file, size)
 
     # --- batches ---
 
@@ -101,6 +103,7 @@ class FrameRecorder:
             loop = asyncio.get_running_loop()
             timer = loop.call_later(self._batch_window_seconds, self._close_batch, collection)
             batch = self._batches[collection] = _Batch(frame, timer)
+            self.spool.ledger.receive(1)  # an event is a line
         batch.held_bytes += len(body)
         rows = _in_one_line(body).strip()[1:-1].strip()
         if rows:
@@ -112,7 +115,7 @@ class FrameRecorder:
         data = b"[%b]" % b",".join(batch.rows)
         entry = FrameEntry(self, collection, batch.frame, data, len(data))
         entry.held_bytes = batch.held_bytes
-        self.spool.submit(entry)
+        self.spool.submit(entry, received=True)
 
 
 class _Batch:
@@ -156,9 +159,7 @@ class FrameEntry:
         if isinstance(data, BodyFile):
             url = data.finish(frame.content_type, large=True)
             if url is None:  # a line without data would be one that readers fail on
-                self._recorder.spool.ledger.discard(Discard.WRITE_FAILED, self.events)
-                self.failure = "the disk did not take it"
-                return []
+                raise data.failure or OSError(errno.EIO, "the disk did not take it")
             data, data_name = json_string(url), b"dataref"
         line = self._recorder.formats[self._collection].line(
             event_id=frame.event_id,

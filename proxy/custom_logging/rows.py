@@ -29,6 +29,7 @@ _COMMA = re.compile(rb"[ \t\r\n]*,")
 _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{}]', re.DOTALL)  # possessive: no input makes it go back
 _SHOWN = 40
 _KINDS = {b"{": "an object", b"[": "an array", b'"': "a string", b"t": "true", b"f": "false", b"n": "null"}
+_NO_JSON = "no JSON"
 _TOO_MANY = f"row {{}} has more than {MOST_NAMES} names and objects"
 _TOO_DEEP = f"it nests deeper than {MAX_DEPTH} levels, which readers fail on"
 _check_json = msgspec.json.Decoder(msgspec.Raw).decode
@@ -50,6 +51,8 @@ def check(body: bytes | bytearray) -> None:
     if start >= end:
         raise NotRowsError("the body is empty")
     if body[start : start + 1] != b"[":
+        if _kind(body, start) == _NO_JSON:
+            raise _invalid(body, bytes(body[start:end]), start)
         raise NotRowsError(f"the body is {_kind(body, start)}, not an array of objects")
     _Rows(body, start + 1, end - 1).check()
 
@@ -239,7 +242,7 @@ def _repeated(array: bytes) -> str:
 
 
 def _kind(text: bytes | bytearray, at: int) -> str:
-    return _KINDS.get(bytes(text[at : at + 1]), "a number" if text[at : at + 1] in b"-0123456789" else "no JSON")
+    return _KINDS.get(bytes(text[at : at + 1]), "a number" if text[at : at + 1] in b"-0123456789" else _NO_JSON)
 
 
 def _no_row(number: int, kind: str) -> NotRowsError:

@@ -14,7 +14,7 @@ import orjson
 
 from proxy.settings import PAYLOAD_COLLECTIONS, CustomLogging, Settings
 
-_FILE_MODE = 0o644  # the scoring script may run as another user
+_FILE_MODE, _FOLDER_MODE = 0o644, 0o755  # the scoring script may run as another user
 
 
 def configuration(settings: Settings) -> dict[str, Any]:
@@ -30,8 +30,11 @@ def configuration(settings: Settings) -> dict[str, Any]:
 
 
 def write(settings: Settings, path: Path) -> None:
-    """Writes the file, whole or not at all. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes the file, whole or not at all; where there is a link, to the file that it leads to. Raises OSError."""
+    path = path.resolve()
+    if not path.parent.exists():
+        path.parent.mkdir(parents=True)
+        path.parent.chmod(_FOLDER_MODE)
     number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(number, "wb") as file:
@@ -49,8 +52,9 @@ def environment(settings: Settings, options: CustomLogging) -> dict[str, str]:
     if port == "0":
         raise ValueError("custom_logging.listen: port 0 is another one at each start; name one for the SDK")
     host = host.strip("[]")
+    here = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     variables = {
-        "AZUREML_MDC_HOST": "127.0.0.1" if host in ("", "0.0.0.0", "::") else f"[{host}]" if ":" in host else host,
+        "AZUREML_MDC_HOST": f"[{here}]" if ":" in here else here,
         "AZUREML_MDC_PORT": port,
     }
     if options.sdk_config_path is not None:
@@ -65,7 +69,7 @@ def environment(settings: Settings, options: CustomLogging) -> dict[str, str]:
             "custom_logging.sdk_config_path: missing; the collections' sampling rates differ, or are no whole percentages, "
             "and the SDK takes such only from a file"
         )
-    variables["AZUREML_MDC_ENABLED"] = "true"
+    variables |= {"AZUREML_MDC_ENABLED": "true", "AZUREML_MDC_FORMAT_COMPACT": "false"}
     if rates and rates != {100}:
         variables["AZUREML_MDC_SAMPLE_RATE"] = str(int(rates.pop()))
     return variables

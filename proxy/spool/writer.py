@@ -46,13 +46,13 @@ class Store(Protocol):
 
 
 class Entry(Protocol):
-    """What is recorded of one exchange: its lines, rendered on the writer thread."""
+    """What is recorded of one exchange, or of one frame: its lines, rendered on the writer thread."""
 
     events: int
     held_bytes: int  # of ``Spool.memory``, released once the entry is written
 
     def render(self, store: Store) -> list[tuple[str, bytes]]:
-        """(collection, line) for each event, each line with its LF."""
+        """(collection, line) for each event, each line with its LF. Raises SpoolFull or OSError: there is none."""
 
     def discard(self) -> None:
         """The entry is not going to be rendered. Called on the loop."""
@@ -97,7 +97,7 @@ class _Room:
 
 
 _Submitted = tuple[Entry, "asyncio.Future[bool] | None"]
-_Group = tuple[list[_Submitted], int]
+_Group = tuple[list[_Submitted], int, bool]
 _Job = _Submitted | Callable[[], int] | None
 
 
@@ -188,12 +188,14 @@ class Spool:
         self._probe_at = now + PROBE_SECONDS
         return True
 
-    def submit(self, entry: Entry) -> asyncio.Future[bool] | None:
+    def submit(self, entry: Entry, *, received: bool = False) -> asyncio.Future[bool] | None:
         """Records ``entry``. What is returned is done when it need not be waited for any longer; None: now.
 
-        Its result is whether the writer thread has dealt with ``entry`` by then, and not just max_hold gone by.
+        Its result is whether the writer thread has dealt with ``entry`` by then, as durably as it should; False: max_hold
+        has gone by, or the disk did not sync. received: its events are counted as such already.
         """
-        self.ledger.receive(entry.events)
+        if not received:
+            self.ledger.receive(entry.events)
         if self._is_closed:
             self.ledger.settle()
             entry.discard()
@@ -303,15 +305,14 @@ class Spool:
 
     def _take_groups(self) -> None:
         while self._groups:
-            group, spilled = self._groups.popleft()
-            self._written(group, spilled)
+            self._written(*self._groups.popleft())
 
-    def _written(self, group: list[_Submitted], spilled_bytes: int) -> None:
+    def _written(self, group: list[_Submitted], spilled_bytes: int, confirmed: bool) -> None:
         """A group is written, or discarded and counted."""
         for entry, future in group:
             self.memory.held_bytes -= entry.held_bytes + ENTRY_BYTES
             if future is not None:
-                _set_result(future, True)
+                _set_result(future, confirmed)
         held = self._held
         while held and held[0][1].done():
             held.popleft()
@@ -344,7 +345,7 @@ class Spool:
         group: list[_Submitted] = []
         lines: dict[str, list[bytes]] = {}
         spilled = size = 0
-        stopping = False
+        stopping = confirmed = False
         try:
             self.files.begin(time.time())
             while self._jobs and not stopping and len(group) < GROUP_JOBS and size + spilled <= GROUP_BYTES:
@@ -356,10 +357,10 @@ class Spool:
                     size += self._render(job[0], lines)
                 else:
                     spilled += self._do(job)
-            self._append(lines, group)
+            confirmed = self._append(lines, group)
         except Exception:
             logger.exception("A group could not be written whole, by a defect of payload-logger; the thread goes on.")
-        self._groups.append((group, spilled))
+        self._groups.append((group, spilled, confirmed))
         self._for_loop.ring()
         return stopping
 
@@ -376,6 +377,8 @@ class Spool:
             for collection, line in entry.render(self.files):
                 lines.setdefault(collection, []).append(line)
                 size += len(line)
+        except (SpoolFull, OSError) as error:
+            entry.not_written("", self._fail(error, entry.events))
         except Exception:
             self.ledger.discard(Discard.RENDER_FAILED, entry.events)
             entry.not_written("", _DEFECT)
@@ -384,7 +387,8 @@ class Spool:
             )
         return size
 
-    def _append(self, lines: dict[str, list[bytes]], group: list[_Submitted]) -> None:
+    def _append(self, lines: dict[str, list[bytes]], group: list[_Submitted]) -> bool:
+        """Whether what could be written is as safe as it should be."""
         for collection, written in lines.items():
             failure = self._append_to(collection, written)
             if failure is not None:
@@ -394,15 +398,15 @@ class Spool:
             self.files.end()
         except OSError as error:
             logger.error("Lines are written, but could not be synced to the disk: %s.", error)
+            return False
+        return True
 
     def _append_to(self, collection: str, lines: list[bytes]) -> str | None:
         """Why the lines were not written; None: they were."""
         try:
             self.files.append(collection, lines)
-        except SpoolFull:
-            return self._fail(Discard.SPOOL_FULL, len(lines), "the disk budget (spool.max_bytes) is used up")
-        except OSError as error:
-            return self._fail(Discard.WRITE_FAILED, len(lines), f"{error.strerror}: {error.filename or 'spool file'}")
+        except (SpoolFull, OSError) as error:
+            return self._fail(error, len(lines))
         except Exception:
             logger.exception("Events could not be written, by a defect of payload-logger; they are discarded.")
             self.ledger.discard(Discard.RENDER_FAILED, len(lines))
@@ -417,7 +421,12 @@ class Spool:
             self._lost_in_trouble = 0
         return None
 
-    def _fail(self, reason: Discard, events: int, words: str) -> str:
+    def _fail(self, error: SpoolFull | OSError, events: int) -> str:
+        """Counts what was not written, and tells it where it is news; why it was not."""
+        if isinstance(error, OSError):
+            reason, words = Discard.WRITE_FAILED, f"{error.strerror}: {error.filename or 'spool file'}"
+        else:
+            reason, words = Discard.SPOOL_FULL, "the disk budget (spool.max_bytes) is used up"
         self.ledger.discard(reason, events)
         self._lost_in_trouble += events
         self._failed_at = time.monotonic()

@@ -34,7 +34,7 @@ class Answer:
 
 
 RECORDED = Answer(200, "recorded")
-LATE = Answer(202, "accepted; the disk takes its time")
+ACCEPTED = Answer(202, "accepted; the disk has yet to confirm it")
 BATCHED = Answer(202, "accepted; it is recorded when custom_logging.batch_window is over")
 
 
@@ -127,8 +127,8 @@ class Served:
 
     @property
     def held_bytes(self) -> int:
-        """Of the memory for bodies."""
-        return self.running.spool.memory.held_bytes
+        """Of the memory for bodies, and of that for frames that arrive."""
+        return self.running.spool.memory.held_bytes + self.endpoint._arriving.held_bytes
 
     def raw_lines(self, collection: str = "model_inputs") -> list[bytes]:
         """As they are in the files, which are not those of large frames."""

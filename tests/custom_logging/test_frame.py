@@ -127,7 +127,6 @@ def test_the_collection(sent: bytes, name: str | None) -> None:
     assert collection(headers(("CE-Type", wire(sent)))) == name
 
 
-@pytest.mark.xfail(strict=True, reason="DEFECT frame.py: valid UTF-8 that is not printable is read as latin-1")
 def test_a_collection_s_name_may_have_any_letters() -> None:
     assert collection(headers(("ce-type", wire("azureml.inference.no\u00a0break".encode())))) == "no\u00a0break"
 
@@ -150,7 +149,6 @@ def seconds(text: str) -> bytes:
         ("1669884690.0", b"2022-12-01T08:51:30Z"),
         ("1669884690.5", b"2022-12-01T08:51:30.500Z"),
         ("1669884690.9996", b"2022-12-01T08:51:30.999Z"),
-        ("1.66988469e9", b"2022-12-01T08:51:30Z"),
         ("0", b"1970-01-01T00:00:00Z"),
         ("253402300799", b"9999-12-31T23:59:59Z"),
         ("2022-12-01T08:51:30Z", b"2022-12-01T08:51:30Z"),
@@ -167,6 +165,10 @@ def test_a_time_is_in_seconds_or_of_rfc_3339(text: str, time: bytes) -> None:
     [
         "",
         "now",
+        "1.66988469e9",
+        "1_669884690",
+        " 1669884690",
+        "1669884690.",
         "nan",
         "-nan",
         "inf",

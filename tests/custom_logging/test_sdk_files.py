@@ -122,12 +122,12 @@ def test_the_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_link_is_replaced_and_what_it_leads_to_is_left(tmp_path: Path) -> None:
+def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path: Path) -> None:
     (tmp_path / "other").write_text("other")
     (tmp_path / "link").symlink_to(tmp_path / "other")
     sdk.write(settings(tmp_path), tmp_path / "link")
-    assert (tmp_path / "other").read_text() == "other"
-    assert json.loads((tmp_path / "link").read_bytes())
+    assert (tmp_path / "link").is_symlink()
+    assert json.loads((tmp_path / "other").read_bytes())
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +193,7 @@ def environment(given: Settings) -> dict[str, str]:
         ("sidecar.example:8000", "sidecar.example", "8000"),
         ("0.0.0.0:8000", "127.0.0.1", "8000"),
         (":8000", "127.0.0.1", "8000"),
-        ("[::]:8000", "127.0.0.1", "8000"),
+        ("[::]:8000", "[::1]", "8000"),
         ("[::1]:8000", "[::1]", "8000"),  # the SDK makes a URL of it
     ],
 )
@@ -202,6 +202,7 @@ def test_where_the_sdk_connects(listen: str, host: str, port: str, tmp_path: Pat
         "AZUREML_MDC_HOST": host,
         "AZUREML_MDC_PORT": port,
         "AZUREML_MDC_ENABLED": "true",
+        "AZUREML_MDC_FORMAT_COMPACT": "false",
     }
 
 
@@ -264,7 +265,7 @@ custom_logging: {listen: '127.0.0.1:50012'%s}
 """
     assert configured(tmp_path, text % "") == (
         0,
-        "AZUREML_MDC_HOST=127.0.0.1\nAZUREML_MDC_PORT=50012\nAZUREML_MDC_ENABLED=true\nAZUREML_MDC_SAMPLE_RATE=50\n",
+        "AZUREML_MDC_HOST=127.0.0.1\nAZUREML_MDC_PORT=50012\nAZUREML_MDC_ENABLED=true\nAZUREML_MDC_FORMAT_COMPACT=false\nAZUREML_MDC_SAMPLE_RATE=50\n",
         "",
     )
     assert configured(tmp_path, text % ", sdk_config_path: run/mdc.json") == (
@@ -316,7 +317,8 @@ def test_names_that_are_equal_but_for_case(one: str, other: str, enabled: tuple[
     collections = {name: {"enabled": on} for name, on in zip((one, other), enabled, strict=True)}
     (found,) = problems(data_collector={"collections": collections})
     assert found == (
-        f"data_collector.collections.{other}: the same as '{one}' but for case; the SDK has all names in lower case"
+        f"data_collector.collections.{other}: the same as '{one}' but for case; "
+        + ("write 'request'" if one == "request" else "the SDK has all names in lower case")
     )
 
 

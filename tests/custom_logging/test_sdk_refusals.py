@@ -52,5 +52,5 @@ Collector(name="model_inputs").collect(pd.DataFrame({"a": [1, 2], "b": ["x", "y"
         printed = await sdk.run(script, enabled(p) | {"AZUREML_MDC_FORMAT_COMPACT": "true"}, tmp_path)
         account = p.account()
         assert p.lines("model_inputs") == []
-    assert re.search("failed to send binary payload: 415, .*AZUREML_MDC_FORMAT_COMPACT.*unset", printed), printed
+    assert re.search("failed to send binary payload: 415, .*Set AZUREML_MDC_FORMAT_COMPACT to false", printed), printed
     assert (account.received, account.refused) == (0, {"bad_type": 1})
