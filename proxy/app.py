@@ -8,6 +8,7 @@ import ctypes
 import gc
 import logging
 import os
+import resource
 import ssl
 import sys
 from collections.abc import AsyncIterator, Mapping
@@ -18,7 +19,7 @@ from proxy.capture.recorder import PayloadRecorder
 from proxy.ledger import Ledger
 from proxy.places import measured_roots, places, spool_path
 from proxy.relay.parsing import Limits, require_c_parser
-from proxy.relay.server import Relay
+from proxy.relay.server import Patience, Relay
 from proxy.relay.upstream import Pool, UpstreamAddress, upstream_tls
 from proxy.settings import CustomLogging, Durability, HostHeader, Settings
 from proxy.shipping import destination
@@ -43,6 +44,8 @@ SWITCH_INTERVAL_SECONDS = 0.0005
 # asked for again, page by page: with these, bodies of 10 MiB pass at 1.8 instead of 1.2 GB/s.
 KEPT_BYTES = 16 * 1024 * 1024
 LARGEST_KEPT_BYTES = 1024 * 1024
+OTHER_FILES = 256
+UNLIMITED_CONNECTIONS = 32 * 1024
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
@@ -79,6 +82,7 @@ async def running(settings: Settings) -> AsyncIterator[App]:
     require_c_parser()
     sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
     _keep_freed_memory()
+    _allow_files(settings.proxy.max_connections)
     loop = asyncio.get_running_loop()
     async with contextlib.AsyncExitStack() as stack:
         ledger = Ledger()
@@ -99,7 +103,10 @@ async def running(settings: Settings) -> AsyncIterator[App]:
             pool=_pool(settings, loop, limits),
             recorder=PayloadRecorder(settings, recording.spool),
             limits=limits,
-            keepalive_timeout_seconds=settings.proxy.keepalive_timeout,
+            patience=Patience(
+                settings.proxy.head_timeout, settings.proxy.client_idle_timeout, settings.proxy.keepalive_timeout
+            ),
+            max_connections=settings.proxy.max_connections,
             forwarded_headers=settings.proxy.forwarded_headers,
             rewrite_host=settings.proxy.host_header is HostHeader.UPSTREAM,
         )
@@ -122,6 +129,17 @@ def _keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
         libc.mallopt(_M_MMAP_THRESHOLD, LARGEST_KEPT_BYTES)
+
+
+def _allow_files(connections: int) -> None:
+    """Raises the limit of open files to what so many connections need, as far as that is allowed."""
+    wanted = 2 * (connections or UNLIMITED_CONNECTIONS) + OTHER_FILES  # each may have one to the model server
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    if limit < connections + OTHER_FILES:
+        logger.warning("proxy.max_connections: %d, but this process may open %d files (ulimit -n).", connections, limit)
 
 
 class _Recording:

@@ -206,6 +206,29 @@ class Proxy(Struct, frozen=True, kw_only=True):
         Seconds,
         Meta(gt=0, description="How long an idle client connection is kept; longer than load balancers keep theirs."),
     ] = 620.0
+    head_timeout: Annotated[
+        Seconds,
+        Meta(
+            gt=0,
+            description="Longest wait for a request's head, from its first byte on; then 408. A new connection that sends "
+            "nothing is closed after it.",
+        ),
+    ] = 30.0
+    client_idle_timeout: Annotated[
+        Seconds,
+        Meta(
+            description="Longest silence of a client within an exchange: while its body is awaited (then 408), or while it "
+            "takes nothing of the answer (then an abort). 0: no limit."
+        ),
+    ] = 60.0
+    max_connections: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="Most client connections at once. One more takes the place of the one that has been idle for longest, "
+            "and gets 503 if none is idle. 0: no limit.",
+        ),
+    ] = 4096
     max_head_bytes: Annotated[
         Bytes,
         Meta(

@@ -14,7 +14,13 @@ from typing import cast
 
 READ_AHEAD_BYTES = 256 * 1024  # received and not yet taken; above this the peer is made to wait
 KNOWN_HEAD_BYTES = 4 * 1024  # longest head that a connection remembers, to recognise it when it comes again
+_NEVER_FIRST = frozenset(range(0x20)) - {0x0A, 0x0D}
+_TLS_HANDSHAKE = 0x16
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+
+
+class NotHTTP(Exception):
+    """The first byte of a message is none that HTTP's begin with."""
 
 
 class HeadTooLong(Exception):
@@ -33,6 +39,7 @@ class Connection:
 
     __slots__ = (
         "_drained",
+        "_ended",
         "_loop",
         "_lost",
         "_pieces",
@@ -41,6 +48,8 @@ class Connection:
         "_waiter",
         "_writing_paused",
         "broken",
+        "half_open",
+        "partial_since",
         "stirred",
         "transport",
     )
@@ -56,6 +65,9 @@ class Connection:
         self._waiter: asyncio.Future[None] | None = None
         self._lost: Exception | None = None
         self.broken = False  # lost in another way than by an orderly close
+        self.half_open = False  # whether either side may end its own direction only
+        self._ended = False  # the peer has done so
+        self.partial_since = 0.0  # since when a head has come in part, and is waited for; 0: it is not
         # Set by whatever moves, cleared by the sweep: time-outs cost the traffic path neither a timer nor a clock.
         self.stirred = True
 
@@ -75,7 +87,11 @@ class Connection:
     def eof_received(self) -> bool | None:
         # A peer that ends its side is taken for gone, as Go and nginx do: a client that left and one that
         # only shut down its sending side look the same, and the model server should stop working for the first.
-        return False
+        if not self.half_open or self.transport is None or not self.transport.can_write_eof():
+            return False
+        self._ended = True
+        self._wake()
+        return True
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._lost = self._lost or ConnectionResetError(str(exc) if exc else "connection closed")
@@ -108,8 +124,10 @@ class Connection:
         return self._waiter is not None
 
     async def receive(self) -> bytes:
-        """The next bytes, or b"" when the peer has closed. Raises what ``fail`` was given."""
+        """The next bytes, or b"" when the peer has closed. Raises what ``fail`` or ``interrupt`` was given."""
         while not self._pieces:
+            if self._ended:
+                return b""
             if self._lost is not None:
                 if isinstance(self._lost, ConnectionResetError):
                     return b""
@@ -135,7 +153,7 @@ class Connection:
             self._received_bytes += len(data)
 
     async def receive_head(self, max_bytes: int) -> bytes | None:
-        """The bytes up to and with the next empty line; None when the peer closed before. Raises HeadTooLong."""
+        """The bytes up to and with the next empty line; None when the peer closed before. Raises HeadTooLong or NotHTTP."""
         data = await self.receive()
         searched = 0
         while data:
@@ -144,18 +162,29 @@ class Connection:
                 end += 4
                 if end > max_bytes:
                     raise HeadTooLong(data, max_bytes)
+                self.partial_since = 0.0
                 if end < len(data):
                     self.unread(data[end:])
                     return data[:end]
                 return data
             if len(data) > max_bytes:
                 raise HeadTooLong(data, max_bytes)
+            if data[0] in _NEVER_FIRST:
+                raise NotHTTP("TLS is not spoken here" if data[0] == _TLS_HANDSHAKE else "this is not HTTP")
             searched = max(0, len(data) - 3)
+            self.partial_since = self.partial_since or self._loop.time()
             more = await self.receive()
             if not more:
                 break
             data += more
         return None
+
+    def interrupt(self, reason: Exception) -> None:
+        """Has whoever waits for this peer to send get ``reason`` instead. The connection stays."""
+        self.partial_since = 0.0
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_exception(reason)
 
     def fail(self, reason: Exception) -> None:
         """Aborts the connection; whoever reads from it gets ``reason``."""
@@ -182,6 +211,15 @@ class Connection:
                 self._drained = None
 
     # --- closing ---
+
+    def write_eof(self) -> None:
+        """Ends this direction once what was written is sent; the whole connection where it can't be ended by halves."""
+        if self.transport is None:
+            return
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        else:
+            self.transport.close()
 
     def close(self) -> None:
         """Closes once what was written is sent."""

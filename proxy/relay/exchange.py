@@ -19,6 +19,7 @@ from proxy.relay.headers import allowed_trailers
 from proxy.relay.recording import Ending, Witness
 from proxy.relay.request import Request
 from proxy.relay.response import Response
+from proxy.relay.tunnel import tunnel
 from proxy.relay.upstream import STALE_SECONDS, UpstreamConnection
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class Exchange:
         """Opens the recording, writes the head for the model server. Raises Fault."""
         request = self._request
         if request.method in ("CONNECT", "TRACE"):
-            raise RequestFault(f"{request.method} is not passed on", HTTPStatus.METHOD_NOT_ALLOWED)
+            raise RequestFault(f"{request.method} is not passed on", HTTPStatus.METHOD_NOT_ALLOWED, "method")
         self._witness.open(
             self._relay.recorder, request.method, request.target, request.headers, self._request_id, request.length
         )
@@ -103,7 +104,10 @@ class Exchange:
         if self._body.done:
             self._request_read()
         upstream, response = await self._send(first)
-        await self._answer(upstream, response)
+        if response.status == HTTPStatus.SWITCHING_PROTOCOLS:
+            await self._switch(upstream, response)
+        else:
+            await self._answer(upstream, response)
 
     async def _first_request_bytes(self) -> bytes:
         """What has come of the request's body, framed for the model server; sent in one piece with the head."""
@@ -151,6 +155,8 @@ class Exchange:
         return upstream, await self._response(upstream)
 
     def _write_request(self, upstream: UpstreamConnection, first: bytes) -> None:
+        if self._request.upgrade:  # the answer may begin a tunnel, and end its direction at once
+            upstream.half_open = True
         if len(first) <= _ONE_WRITE_BYTES:  # a system call costs more than this copy
             upstream.write(self._request_head + first)
         else:
@@ -179,6 +185,8 @@ class Exchange:
             if response.status >= 200:
                 return response
             if response.status == HTTPStatus.SWITCHING_PROTOCOLS:
+                if response.switches_to(self._request.upgrade):
+                    return response
                 raise UpstreamInvalid("the model server switched protocols without being asked to")
             if not self._request.http10:
                 self._client.write(response.interim_head())
@@ -252,6 +260,7 @@ class Exchange:
             or body.rest
             or self._request.method == "HEAD"  # of which some servers send the body
             or response.may_have_wrong_body
+            or upstream.half_open
         ):
             upstream.close()
         else:
@@ -261,6 +270,23 @@ class Exchange:
         if not self._keep_alive:
             return b"close"
         return b"keep-alive" if self._request.http10 else None
+
+    async def _switch(self, upstream: UpstreamConnection, response: Response) -> None:
+        """Both sides change the protocol: what follows is passed on as it comes, and not recorded."""
+        client = self._client
+        self._relay.upstream_answered()
+        self._keep_alive = False
+        self._witness.response_head(response.status, response.headers, True)
+        await self._hold(Ending.COMPLETE)
+        self._response_begun = True
+        client.tunnelling = client.half_open = True
+        client.write(response.switching_head(self._request_id))
+        try:
+            await tunnel(self._relay.loop, client, upstream)
+        except UpstreamFault:  # silent for too long
+            client.abort()
+        self._upstream = None
+        upstream.close()
 
     # --- what goes wrong ---
 

@@ -74,6 +74,13 @@ def connection_options(values: Iterable[str]) -> frozenset[bytes]:
     return frozenset(named - _NOT_CONNECTION_OPTIONS) if named else _NO_OPTIONS
 
 
+def upgrade_protocols(connection: Iterable[str], upgrade: Iterable[str]) -> frozenset[str]:
+    """What a message's Upgrade headers name, in lower case, if a Connection header says that they are meant (RFC 9110 §7.8)."""
+    if not any(one.strip().lower() == "upgrade" for value in connection for one in value.split(",")):
+        return frozenset()
+    return frozenset(one.strip().lower() for value in upgrade for one in value.split(",")) - {""}
+
+
 def valid_request_id(value: bytes | None) -> bool:
     """Whether an incoming x-request-id is used as it is: 1 to 100 visible ASCII characters."""
     return value is not None and 0 < len(value) <= MAX_REQUEST_ID and all(0x21 <= byte <= 0x7E for byte in value)
@@ -147,11 +154,13 @@ def request_head(
     forwarding: Forwarding,
     chunked: bool,
     te_trailers: bool,
+    upgrade: bytes | None = None,
 ) -> tuple[bytes, bytes]:
     """The head that goes to the model server: what stands before and behind the id that we give the request.
 
     ``dropped`` are the client's connection options; ``set_host`` takes the place of the client's Host. With
     ``has_request_id`` the client's own id is good, and nothing stands behind it: the first part is the whole head.
+    ``upgrade`` are the protocols that the client would like to change to.
     """
     before = b""
     skipped = forwarding.skipped[chunked]
@@ -178,7 +187,9 @@ def request_head(
         before = b"".join(parts)
         parts = [_END]
     parts.append(forwarding.lines(sent, client_host or b""))
-    if te_trailers:
+    if upgrade is not None:
+        parts += (b"Connection: Upgrade\r\nUpgrade: ", upgrade, _END)
+    elif te_trailers:
         parts.append(b"TE: trailers\r\nConnection: TE\r\n")
     parts.append(b"Transfer-Encoding: chunked\r\n\r\n" if chunked else _END)
     return (b"".join(parts), b"") if has_request_id else (before, b"".join(parts))
@@ -192,11 +203,13 @@ def response_head(
     with_request_id: bool,
     chunked: bool,
     connection: bytes | None,
+    upgrade: bytes | None = None,
 ) -> tuple[bytes, bytes]:
     """The head that goes to the client: what stands before and behind the request's id.
 
     ``dropped`` are the model server's connection options. No id is added if the model server sent one itself, or
-    without ``with_request_id``: then nothing stands behind it, and the first part is the whole head.
+    without ``with_request_id``: then nothing stands behind it, and the first part is the whole head. ``upgrade`` is the
+    protocol that the model server changes to.
     """
     before = b""
     parts = [status_line, _END]
@@ -213,6 +226,8 @@ def response_head(
         parts = [_END]
     if connection is not None:
         parts += (b"Connection: ", connection, _END)
+    if upgrade is not None:
+        parts += (b"Upgrade: ", upgrade, _END)
     parts.append(b"Transfer-Encoding: chunked\r\n\r\n" if chunked else _END)
     return (before, b"".join(parts)) if with_request_id else (b"".join(parts), b"")
 

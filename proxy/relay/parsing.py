@@ -74,17 +74,19 @@ class RequestParser:
     def parse(self, head: bytes) -> RequestHead:
         """``head`` ends in an empty line. Raises RequestFault."""
         if head.partition(b"\r\n")[0].rpartition(b" ")[2][:5] in (b"RTSP/", b"ICE/1", b"ICE/2"):
-            raise RequestFault("only HTTP/1.1 and HTTP/1.0 are spoken", 505)
+            raise RequestFault("only HTTP/1.1 and HTTP/1.0 are spoken", 505, "version")
         try:
             messages, upgraded, _ = self._parser.feed_data(head)
         except LineTooLong:
-            raise RequestFault("the request's head is longer than proxy.max_head_bytes allows", 431) from None
+            raise RequestFault(
+                "the request's head is longer than proxy.max_head_bytes allows", 431, "head_too_large"
+            ) from None
         except HttpProcessingError as error:
             if "Too many headers" in error.message:
-                raise RequestFault("the request has more headers than proxy.max_headers allows", 431) from None
+                words = "the request has more headers than proxy.max_headers allows"
+                raise RequestFault(words, 431, "head_too_large") from None
             raise RequestFault(_first_line(error.message)) from None
-        if upgraded:
-            # An upgrade is not offered to the model server; RFC 9110 §7.8 lets a server ignore the wish.
+        if upgraded:  # or it would take what follows for another protocol; whether it is one, the model server says
             self._parser.set_upgraded(False)
         if len(messages) != 1:
             raise RequestFault("the request's head is not valid")
@@ -108,8 +110,10 @@ class ResponseParser:
             messages, upgraded, _ = self._parser.feed_data(head)
         except HttpProcessingError:
             raise UpstreamInvalid("the model server's response head is not valid HTTP/1.1") from None
-        if upgraded or len(messages) != 1:
-            raise UpstreamInvalid("the model server switched protocols without being asked to")
+        if upgraded:
+            self._parser.set_upgraded(False)
+        if len(messages) != 1:
+            raise UpstreamInvalid("the model server's response head is not valid HTTP/1.1")
         message: ResponseHead = messages[0][0]
         if not 100 <= message.code <= 999:
             raise UpstreamInvalid("the model server's status is not valid")

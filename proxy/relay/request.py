@@ -10,10 +10,19 @@ from multidict import CIMultiDictProxy
 
 from proxy.relay.faults import RequestFault
 from proxy.relay.framing import BodyDecoder, ChunkedBody, LengthBody
-from proxy.relay.headers import Forwarding, connection_options, origin_form, request_head, valid_request_id
+from proxy.relay.headers import (
+    Forwarding,
+    connection_options,
+    origin_form,
+    request_head,
+    upgrade_protocols,
+    valid_request_id,
+)
 from proxy.relay.parsing import RequestHead
 
 _VERSIONS = (HttpVersion11, HttpVersion10)
+_NOT_TUNNELLED = frozenset({"h2c", "h2"})
+_NONE: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +38,7 @@ class Request:
     """A checked request. It follows from the bytes of the head, the client and the route alone, and is never changed.
 
     ``length`` is the body's in bytes; None: not known in advance. ``client_id`` is the x-request-id that the client sent,
-    if it is valid.
+    if it is valid; ``upgrade``, the protocols that the model server may change to.
     """
 
     __slots__ = (
@@ -43,13 +52,16 @@ class Request:
         "length",
         "method",
         "target",
+        "upgrade",
     )
 
     def __init__(self, head: RequestHead, forwarding: Forwarding, route: Route) -> None:
         """Raises RequestFault."""
         headers = head.headers
         if head.version not in _VERSIONS:
-            raise RequestFault("only HTTP/1.1 and HTTP/1.0 are spoken", HTTPStatus.HTTP_VERSION_NOT_SUPPORTED)
+            raise RequestFault(
+                "only HTTP/1.1 and HTTP/1.0 are spoken", HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "version"
+            )
         self.method: str = head.method
         self.target: str = head.path
         self.headers: CIMultiDictProxy[str] = headers
@@ -60,6 +72,7 @@ class Request:
         incoming = headers.get("x-request-id")
         valid = incoming is not None and valid_request_id(incoming.encode("utf-8", "surrogateescape"))
         self.client_id = incoming if valid else None
+        self.upgrade = self._upgrade()
         target, authority = origin_form(self.target.encode("utf-8", "surrogateescape"), route.base_path)
         self._before_id, self._after_id = request_head(
             self.method.encode(),
@@ -72,7 +85,15 @@ class Request:
             forwarding=forwarding,
             chunked=self.chunked,
             te_trailers="trailers" in headers.get("te", "").lower(),
+            upgrade=_joined(headers.getall("upgrade")) if self.upgrade else None,
         )
+
+    def _upgrade(self) -> frozenset[str]:
+        """HTTP/2 is no protocol to tunnel: its requests would pass unseen. A body would have to be passed first."""
+        if self.http10 or self.length != 0 or "upgrade" not in self.headers:
+            return _NONE
+        wanted = upgrade_protocols(self.headers.getall("connection", ()), self.headers.getall("upgrade"))
+        return _NONE if wanted & _NOT_TUNNELLED else wanted
 
     def _length(self) -> int | None:
         """RFC 9112 §6.3."""
@@ -81,7 +102,7 @@ class Request:
         if self.http10:
             raise RequestFault("Transfer-Encoding is not allowed in HTTP/1.0")
         if [value.lower() for value in self.headers.getall("transfer-encoding")] != ["chunked"]:
-            raise RequestFault("only the chunked transfer encoding is supported", HTTPStatus.NOT_IMPLEMENTED)
+            raise RequestFault("only the chunked transfer encoding is supported", HTTPStatus.NOT_IMPLEMENTED, "coding")
         return None
 
     def body(self) -> BodyDecoder:
@@ -93,3 +114,7 @@ class Request:
         if not self._after_id:
             return self._before_id
         return self._before_id + request_id.encode() + self._after_id
+
+
+def _joined(values: list[str]) -> bytes:
+    return ", ".join(values).encode("utf-8", "surrogateescape")

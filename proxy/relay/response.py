@@ -7,7 +7,7 @@ from multidict import CIMultiDictProxy
 
 from proxy.relay.faults import UpstreamInvalid
 from proxy.relay.framing import BodyDecoder, ChunkedBody, CloseBody, LengthBody
-from proxy.relay.headers import connection_options, response_head
+from proxy.relay.headers import connection_options, response_head, upgrade_protocols
 from proxy.relay.parsing import ResponseHead
 
 _NOT_INTERIM = frozenset({b"content-length"})  # RFC 9110 §8.6
@@ -81,6 +81,24 @@ class Response:
         if not rendered[3]:
             return rendered[2]
         return rendered[2] + request_id.encode() + rendered[3]
+
+    def switches_to(self, wanted: frozenset[str]) -> bool:
+        """Whether it changes to protocols that all are among those that were ``wanted``."""
+        chosen = upgrade_protocols(self.headers.getall("connection", ()), self.headers.getall("upgrade", ()))
+        return bool(chosen) and chosen <= wanted
+
+    def switching_head(self, request_id: str) -> bytes:
+        """The head for the client of an answer that changes the protocol."""
+        before, after = response_head(
+            self._status_line,
+            self._raw_headers,
+            dropped=self._dropped | _NOT_INTERIM,
+            with_request_id=True,
+            chunked=False,
+            connection=b"Upgrade",
+            upgrade=", ".join(self.headers.getall("upgrade")).encode("utf-8", "surrogateescape"),
+        )
+        return before + request_id.encode() + after if after else before
 
     def interim_head(self) -> bytes:
         """The head for the client of an answer that another one follows (RFC 9110 §15.2)."""

@@ -7,12 +7,15 @@ import contextlib
 import logging
 import ssl
 from collections import Counter
+from dataclasses import dataclass
+from enum import Enum
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, cast
 
-from proxy.relay.connection import KNOWN_HEAD_BYTES, Connection, HeadTooLong
+from proxy.relay.connection import KNOWN_HEAD_BYTES, Connection, HeadTooLong, NotHTTP
 from proxy.relay.exchange import Exchange, fault_answer
-from proxy.relay.faults import Fault, RequestFault, UpstreamFault
+from proxy.relay.faults import ConnectionRefused, Fault, RequestFault, UpstreamFault
 from proxy.relay.headers import Forwarding
 from proxy.relay.parsing import Limits, RequestParser
 from proxy.relay.recording import Recorder
@@ -32,16 +35,19 @@ class Downstream(Connection):
     """A client's connection. Its task takes one request after the other; when the client goes, the task is cancelled."""
 
     __slots__ = (
+        "_fresh",
         "_known",
         "_known_head",
         "_parser",
         "_relay",
         "_task",
+        "_unsent_bytes",
         "busy",
         "closing",
         "forwarding",
         "left",
-        "quiet_since",
+        "tunnelling",
+        "waiting_since",
     )
 
     def __init__(self, relay: Relay) -> None:
@@ -55,7 +61,10 @@ class Downstream(Connection):
         self.busy = False
         self.left = True  # whose doing the end of the connection is, if it ends: the client's, unless we ``cut`` it
         self.closing = relay.draining
-        self.quiet_since = 0.0
+        self.tunnelling = False
+        self.waiting_since = 0.0  # for this client, in the time of the loop
+        self._fresh = True  # it has asked for nothing yet
+        self._unsent_bytes = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -65,14 +74,19 @@ class Downstream(Connection):
             peer[0].encode() if isinstance(peer, tuple) else None,
             b"https" if transport.get_extra_info("sslcontext") else b"http",
         )
-        self.quiet_since = self._loop.time()
+        self.waiting_since = self._loop.time()
+        room = self._relay.make_room()
+        if room is Room.NONE:
+            self.abort()
+            return
         self._relay.connections.add(self)
-        self._task = self._loop.create_task(self._serve(), name="client")
+        serve = self._serve() if room is Room.FREE else self._refuse()
+        self._task = self._loop.create_task(serve, name="client")
 
     def connection_lost(self, exc: BaseException | None) -> None:
         super().connection_lost(exc)
         self._relay.connections.discard(self)
-        if self._task is not None:
+        if self._task is not None and not self.tunnelling:  # what came before is still to be passed on
             self._task.cancel()
 
     def stop(self) -> None:
@@ -120,6 +134,7 @@ class Downstream(Connection):
                 if head == self._known_head:
                     return self._known
                 if head := head.lstrip(b"\r\n"):  # RFC 9112 §2.2: empty lines before a request line are ignored
+                    self._fresh = False
                     request = Request(self._parser.parse(head), self.forwarding, self._relay.route)
                     if len(head) <= KNOWN_HEAD_BYTES:
                         self._known_head, self._known = head, request
@@ -127,19 +142,32 @@ class Downstream(Connection):
             return None
         except HeadTooLong as long:
             fault = (
-                RequestFault("the request line is longer than proxy.max_head_bytes allows", 414)
+                RequestFault("the request line is longer than proxy.max_head_bytes allows", 414, "head_too_large")
                 if long.in_start_line
-                else RequestFault("the request's head is longer than proxy.max_head_bytes allows", 431)
+                else RequestFault(
+                    "the request's head is longer than proxy.max_head_bytes allows", 431, "head_too_large"
+                )
             )
+        except NotHTTP as other:
+            fault = RequestFault(str(other))
         except RequestFault as refused:
             fault = refused
+        await self._answer_fault(fault, head_only=head is not None and head.startswith(b"HEAD "))
+        return None
+
+    async def _refuse(self) -> None:
+        """There is no room for this connection."""
+        self.busy = True
+        fault = ConnectionRefused("there are too many connections; proxy.max_connections allows no more")
+        await self._answer_fault(fault, head_only=False)
+        self.close()
+        self._task = None
+
+    async def _answer_fault(self, fault: Fault, *, head_only: bool) -> None:
         self._relay.count_fault(fault)
-        answer, body = fault_answer(
-            fault.status, str(fault), "", head_only=head is not None and head.startswith(b"HEAD ")
-        )
+        answer, body = fault_answer(fault.status, str(fault), "", head_only=head_only)
         self.write(answer + body)
         await self._linger()
-        return None
 
     async def _linger(self) -> None:
         """Closes in a way that lets the client read the answer though it is still sending (RFC 9112 §9.6)."""
@@ -152,6 +180,53 @@ class Downstream(Connection):
             async with asyncio.timeout(LINGER_SECONDS):
                 while left > 0 and (data := await self.receive()):
                     left -= len(data)
+
+    # --- time ---
+
+    def look(self, now: float) -> None:
+        """Ends what has waited for this client for too long. To be called about once a second."""
+        transport = self.transport
+        unsent = 0 if transport is None else transport.get_write_buffer_size()
+        if self.stirred or unsent < self._unsent_bytes or not (unsent or self.awaited):
+            self.stirred = False
+            self.waiting_since = now  # if anything is waited for, it is the model server
+        self._unsent_bytes = unsent
+        waited = now - self.waiting_since
+        patience = self._relay.patience
+        if unsent:
+            if patience.idle_seconds and waited > patience.idle_seconds:
+                self._relay.faults["client_idle"] += 1
+                self.abort()
+        elif self.partial_since:
+            if now - self.partial_since > patience.head_seconds:
+                words = f"the request's head did not arrive within {patience.head_seconds:g} s (proxy.head_timeout)"
+                self.interrupt(RequestFault(words, HTTPStatus.REQUEST_TIMEOUT, "head_timeout"))
+        elif self.tunnelling or not self.busy:
+            keepalive = patience.keepalive_seconds
+            if waited > (min(patience.head_seconds, keepalive) if self._fresh else keepalive):
+                self.close()
+        elif patience.idle_seconds and waited > patience.idle_seconds:
+            words = f"nothing came of the request's body for {patience.idle_seconds:g} s (proxy.client_idle_timeout)"
+            self.interrupt(RequestFault(words, HTTPStatus.REQUEST_TIMEOUT, "body_timeout"))
+
+
+class Room(Enum):
+    """What a new connection finds."""
+
+    FREE = 1
+    FOR_A_REFUSAL = 2
+    NONE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long clients are waited for. 0 of ``idle_seconds``: no limit."""
+
+    head_seconds: float = 30.0  # for a whole head, from its first byte on, and for the first one of a connection
+    idle_seconds: float = (
+        60.0  # within an exchange: for the next bytes of its body, and until it takes some of the answer
+    )
+    keepalive_seconds: float = 620.0  # between two exchanges, and in a tunnel
 
 
 class Relay:
@@ -167,7 +242,8 @@ class Relay:
         pool: Pool,
         recorder: Recorder,
         limits: Limits,
-        keepalive_timeout_seconds: float,
+        patience: Patience,
+        max_connections: int = 0,
         forwarded_headers: ForwardedHeaders = ForwardedHeaders.APPEND,
         rewrite_host: bool = False,
     ) -> None:
@@ -179,9 +255,10 @@ class Relay:
         self.route = Route(pool.address.base_path, pool.address.host_header, rewrite_host=rewrite_host)
         self.connections: set[Downstream] = set()
         self.draining = False
-        self.faults: Counter[int] = Counter()
+        self.patience = patience
+        self.faults: Counter[str] = Counter()  # by their reasons
         self.defects = 0
-        self._keepalive_timeout_seconds = keepalive_timeout_seconds
+        self._max_connections = max_connections
         self._servers: list[asyncio.Server] = []
         self._unix_paths: list[Path] = []
         self._upstream_down = False
@@ -239,7 +316,7 @@ class Relay:
 
     def count_fault(self, fault: Fault) -> None:
         """Counts what the relay answered by itself, and says once when the model server goes and when it is back."""
-        self.faults[fault.status] += 1
+        self.faults[fault.reason] += 1
         if isinstance(fault, UpstreamFault) and not self._upstream_down:
             self._upstream_down = True
             logger.warning("Upstream %s: %s; clients get %d until it answers.", self.pool.address, fault, fault.status)
@@ -269,8 +346,20 @@ class Relay:
     def _sweep_clients(self) -> None:
         now = self.loop.time()
         for connection in list(self.connections):
-            if connection.busy or connection.stirred:
-                connection.stirred = False
-                connection.quiet_since = now
-            elif now - connection.quiet_since > self._keepalive_timeout_seconds:
-                connection.close()
+            connection.look(now)
+
+    def make_room(self) -> Room:
+        """For one more connection; if need be, the one that has been idle for longest ends for it."""
+        if not self._max_connections or len(self.connections) < self._max_connections:
+            return Room.FREE
+        idlest: Downstream | None = None
+        since = self.loop.time() - SWEEP_SECONDS  # who came just now may be about to ask
+        for connection in self.connections:
+            waiting_since = connection.partial_since or connection.waiting_since
+            if waiting_since < since and not connection.busy and (connection.partial_since or not connection.stirred):
+                idlest, since = connection, waiting_since
+        if idlest is None:
+            return Room.FOR_A_REFUSAL if len(self.connections) < 2 * self._max_connections else Room.NONE
+        self.connections.discard(idlest)
+        idlest.close()
+        return Room.FREE

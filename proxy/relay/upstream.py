@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import cast
 from urllib.parse import urlsplit
 
-from proxy.relay.connection import KNOWN_HEAD_BYTES, Connection, HeadTooLong
+from proxy.relay.connection import KNOWN_HEAD_BYTES, Connection, HeadTooLong, NotHTTP
 from proxy.relay.faults import UpstreamInvalid, UpstreamLost, UpstreamTimeout, UpstreamUnreachable
 from proxy.relay.parsing import Limits, ResponseParser
 from proxy.relay.response import Response
@@ -93,6 +93,8 @@ class UpstreamConnection(Connection):
             head = await self.receive_head(self._limits.max_head_bytes)
         except HeadTooLong:
             raise UpstreamInvalid("the model server's response head is too long") from None
+        except NotHTTP:
+            raise UpstreamInvalid("the model server does not answer in HTTP") from None
         if head is None:
             raise UpstreamLost("the model server closed the connection before its response head was complete")
         if head == self._known_head and self._known is not None:

@@ -526,15 +526,6 @@ async def test_interim_responses_are_passed_on(tmp_path: Path) -> None:
             assert await client.reader.readexactly(len(interim + final)) == interim + final
 
 
-async def test_an_upgrade_that_nobody_asked_for(tmp_path: Path) -> None:
-    """A1, G22: Upgrade is hop-by-hop, so the model server may not switch."""
-    async with asking(
-        Script(head(b"HTTP/1.1 101 Switching Protocols", b"Upgrade: x", b"Connection: Upgrade")), tmp_path
-    ) as client:
-        got = await client.ask(head(b"GET /a HTTP/1.1", b"Host: h", b"Upgrade: x", b"Connection: Upgrade"))
-    assert got.startswith(b"HTTP/1.1 502 ")
-
-
 BAD_ANSWERS = [
     *(
         head(b"HTTP/1.1 200 OK", *lines) + b"0\r\n\r\n"

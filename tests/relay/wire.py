@@ -15,7 +15,7 @@ from multidict import CIMultiDictProxy
 
 from proxy.relay.parsing import Limits
 from proxy.relay.recording import Ending, NoRecorder, Recorder
-from proxy.relay.server import Relay
+from proxy.relay.server import Patience, Relay
 from proxy.relay.upstream import Pool, UpstreamAddress
 from tests.harness import Handler, Proxy, model_server, proxy
 
@@ -167,7 +167,8 @@ async def bare_relay(
     connect_timeout_seconds: float = 5,
     idle_timeout_seconds: float = 600,
     keepalive_seconds: float = 4,
-    keepalive_timeout_seconds: float = 620,
+    patience: Patience | None = None,
+    max_connections: int = 0,
     tls: ssl.SSLContext | None = None,
 ) -> AsyncIterator[tuple[Relay, int]]:
     """The relay without the rest of the proxy, and its port."""
@@ -187,7 +188,8 @@ async def bare_relay(
         pool=pool,
         recorder=recorder or NoRecorder(),
         limits=limits,
-        keepalive_timeout_seconds=keepalive_timeout_seconds,
+        patience=patience or Patience(),
+        max_connections=max_connections,
     )
     address = await relay.listen("127.0.0.1:0")
     try:
