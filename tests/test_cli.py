@@ -78,7 +78,8 @@ def test_run_says_what_it_does_serves_and_stops(tmp_path: Path) -> None:
     )
     assert stopping["message"].startswith("Stopping: ")
     assert stopped["message"] == (
-        "Stopped: received 2 events = delivered 2 + discarded 0 + pending 0; answered by the proxy itself: 1 × upstream_unreachable."
+        "Stopped: received 2 events = delivered 2 + discarded 0 + pending 0; "
+        "answered by the proxy itself: 1 × upstream_unreachable."
     )
     (line,) = (json.loads(path.read_text()) for path in (tmp_path / "data").rglob("response/**/*.jsonl"))
     assert (line["statuscode"], line["data"]["error"]["code"]) == (502, 502)

@@ -1,0 +1,1 @@
+"""``payload-logger selftest``: the same requests directly and through the proxy, and what differs."""
