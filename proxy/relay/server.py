@@ -266,15 +266,23 @@ class Relay:
 
     async def listen(self, address: str, tls: ssl.SSLContext | None = None) -> str:
         """Listens on ``HOST:PORT`` or ``unix:/PATH``; the address as bound. Raises OSError."""
+        handshake_seconds = self.patience.head_seconds if tls else None
         if address.startswith("unix:"):
             path = Path(address.removeprefix("unix:"))
-            server = await self.loop.create_unix_server(self._accept, str(path), ssl=tls, backlog=BACKLOG)
+            server = await self.loop.create_unix_server(
+                self._accept, str(path), ssl=tls, ssl_handshake_timeout=handshake_seconds, backlog=BACKLOG
+            )
             self._unix_paths.append(path)
             self._servers.append(server)
             return address
         host, _, port = address.rpartition(":")
         listener: Any = await self.loop.create_server(  # uvloop's, whose sockets are a list
-            self._accept, host.strip("[]"), int(port), ssl=tls, backlog=BACKLOG
+            self._accept,
+            host.strip("[]"),
+            int(port),
+            ssl=tls,
+            ssl_handshake_timeout=handshake_seconds,
+            backlog=BACKLOG,
         )
         self._servers.append(listener)
         bound = listener.sockets[0].getsockname()
