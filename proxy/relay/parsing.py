@@ -6,6 +6,7 @@ It is the C extension that is meant, since the pure-Python fallback is more leni
 from __future__ import annotations
 
 import asyncio
+import re
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,6 +17,11 @@ from multidict import CIMultiDictProxy
 
 from proxy.relay.faults import RequestFault, UpstreamInvalid
 from proxy.relay.headers import is_clean
+
+
+# RFC 9110 §9 and RFC 5789. One that is equal to them but for case is none, but some servers take it for one.
+_METHODS = frozenset({b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"CONNECT", b"OPTIONS", b"TRACE", b"PATCH"})
+_TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,100}")
 
 
 def require_c_parser() -> None:
@@ -73,6 +79,17 @@ class RequestParser:
 
     def parse(self, head: bytes) -> RequestHead:
         """``head`` ends in an empty line. Raises RequestFault."""
+        end = head.find(b" ")
+        method = head[:end] if end > 0 else b""
+        if method in _METHODS:
+            return self._parse(head)
+        if _TOKEN.fullmatch(method) is None or method.upper() in _METHODS or method == b"PRI":  # of HTTP/2
+            raise RequestFault("the request is not valid HTTP/1.1: invalid method")
+        message: Any = self._parse(b"POST" + head[end:])  # the parser knows some methods only
+        other: RequestHead = message._replace(method=method.decode())
+        return other
+
+    def _parse(self, head: bytes) -> RequestHead:
         if head.partition(b"\r\n")[0].rpartition(b" ")[2][:5] in (b"RTSP/", b"ICE/1", b"ICE/2"):
             raise RequestFault("only HTTP/1.1 and HTTP/1.0 are spoken", 505, "version")
         try:

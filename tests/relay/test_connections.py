@@ -52,6 +52,7 @@ async def last_line(p: Proxy, collection: str = "response") -> dict[str, Any]:
 # --- the client leaves ---
 
 
+@pytest.mark.promise("E14")
 @pytest.mark.parametrize("how", ["close", "reset"])
 @pytest.mark.parametrize("when", ["before the head", "mid-stream", "mid-upload"])
 async def test_the_model_server_is_told_when_the_client_leaves(how: str, when: str, tmp_path: Path) -> None:
@@ -86,6 +87,7 @@ async def test_the_model_server_is_told_when_the_client_leaves(how: str, when: s
         assert request["capturestatus"] == ("clientleft" if when == "mid-upload" else "complete")
 
 
+@pytest.mark.promise("E14")
 async def test_a_client_that_leaves_while_a_connection_is_made(tmp_path: Path) -> None:
     """E14: nothing is left of either connection."""
     async with full_backlog() as url, proxy(url, tmp_path) as p:
@@ -129,6 +131,7 @@ async def closes_within_its_head(reader: asyncio.StreamReader, writer: asyncio.S
     writer.write(OK[:30])
 
 
+@pytest.mark.promise("E15", "E16")
 @pytest.mark.parametrize(
     "handler", [nobody, closes_after_the_request, resets_after_the_request, closes_within_its_head]
 )
@@ -145,6 +148,7 @@ async def test_an_upstream_that_is_lost_before_its_head(handler: Handler, reques
         assert model.connections == 1
 
 
+@pytest.mark.promise("E15")
 async def test_an_upstream_that_refuses_and_comes_up_later(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """E15: 502 while it is down, also for HEAD; it recovers by itself, and the log says each once."""
     caplog.set_level(logging.INFO, "payload_logger.relay")
@@ -165,6 +169,7 @@ async def test_an_upstream_that_refuses_and_comes_up_later(tmp_path: Path, caplo
     assert [record.getMessage() for record in caplog.records] == [lost, f"Upstream 127.0.0.1:{port} answers again."]
 
 
+@pytest.mark.promise("E15")
 @pytest.mark.parametrize("scheme", ["http", "https"])
 async def test_a_connect_timeout(scheme: str, tmp_path: Path) -> None:
     """E15: 504, also when the TLS handshake does not end."""
@@ -187,6 +192,7 @@ async def test_a_connect_timeout(scheme: str, tmp_path: Path) -> None:
 # --- the model server fails or falls silent within an answer ---
 
 
+@pytest.mark.promise("D13a", "E15")
 @pytest.mark.usefixtures("quick_sweep")
 @pytest.mark.parametrize("begun", [False, True])
 async def test_the_idle_timeout(begun: bool, tmp_path: Path) -> None:
@@ -213,6 +219,7 @@ async def test_the_idle_timeout(begun: bool, tmp_path: Path) -> None:
         assert (line["statuscode"], line["capturestatus"]) == (200 if begun else 504, "upstreamfailed")
 
 
+@pytest.mark.promise("D13a")
 @pytest.mark.usefixtures("quick_sweep")
 @pytest.mark.parametrize("way", ["download", "upload"])
 async def test_what_flows_is_not_idle(way: str, tmp_path: Path) -> None:
@@ -256,6 +263,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.promise("C9a")
 @pytest.mark.parametrize("answer", BROKEN.values(), ids=BROKEN)
 @pytest.mark.parametrize("client_version", ["1.0", "1.1"])
 @pytest.mark.parametrize("how", ["close", "reset"])
@@ -283,6 +291,7 @@ async def test_a_broken_answer_is_an_abort(answer: bytes, client_version: str, h
         assert (line["statuscode"], line["capturestatus"]) == (200, "upstreamfailed")
 
 
+@pytest.mark.promise("C9a", "C10")
 @pytest.mark.parametrize("client_version", ["1.0", "1.1"])
 async def test_a_reset_is_not_the_end_of_a_body_until_close(client_version: str, tmp_path: Path) -> None:
     """C9, C10: only an orderly close completes such a body."""
@@ -306,6 +315,7 @@ async def test_a_reset_is_not_the_end_of_a_body_until_close(client_version: str,
 # --- pooled connections ---
 
 
+@pytest.mark.promise("E17a")
 async def test_connections_are_reused(tmp_path: Path) -> None:
     """E17: one upstream connection serves one client after the other; one client's connection many requests."""
     async with model_server(Script()) as model, proxy(model.url, tmp_path) as p:
@@ -317,6 +327,7 @@ async def test_connections_are_reused(tmp_path: Path) -> None:
         assert repr(p.app.relay.pool) == f"<Pool 127.0.0.1:{model.port}: 1 connections, 1 idle>"
 
 
+@pytest.mark.promise("E16a", "E17a")
 @pytest.mark.parametrize(
     ("settings", "answer"),
     [
@@ -338,6 +349,7 @@ async def test_connections_that_are_not_reused(settings: dict[str, object], answ
             assert model.connections == count
 
 
+@pytest.mark.promise("E16a")
 @pytest.mark.usefixtures("quick_sweep")
 async def test_idle_upstream_connections_are_closed(tmp_path: Path) -> None:
     """E16: before the model server does it."""
@@ -355,6 +367,7 @@ async def test_idle_upstream_connections_are_closed(tmp_path: Path) -> None:
         assert ": 0 connections, 0 idle" in repr(p.app.relay.pool)
 
 
+@pytest.mark.promise("E16")
 @pytest.mark.parametrize("request_", [GET, POST])
 @pytest.mark.parametrize("how", ["close", "reset"])
 async def test_a_stale_connection_is_replaced(request_: bytes, how: str, tmp_path: Path) -> None:
@@ -377,6 +390,7 @@ async def test_a_stale_connection_is_replaced(request_: bytes, how: str, tmp_pat
         assert len(p.lines("response")) == 3
 
 
+@pytest.mark.promise("E16")
 async def test_a_stale_connection_is_replaced_once(tmp_path: Path) -> None:
     """E16."""
 
@@ -392,6 +406,7 @@ async def test_a_stale_connection_is_replaced_once(tmp_path: Path) -> None:
         assert model.connections == 2
 
 
+@pytest.mark.promise("E16")
 @pytest.mark.parametrize(
     "sent", [b"HTTP/1.1 2", OK[:30], head(b"HTTP/1.1 103 Early Hints"), head(b"HTTP/1.1 100 Continue")]
 )
@@ -411,6 +426,7 @@ async def test_no_second_try_once_a_byte_of_the_answer_has_come(sent: bytes, tmp
         assert model.connections == 1
 
 
+@pytest.mark.promise("E16")
 async def test_no_second_try_when_the_body_was_streamed(tmp_path: Path) -> None:
     """E16: what has gone by can't be sent again."""
     came = asyncio.Event()
@@ -430,6 +446,7 @@ async def test_no_second_try_when_the_body_was_streamed(tmp_path: Path) -> None:
         assert model.connections == 1
 
 
+@pytest.mark.promise("E16a")
 async def test_a_server_that_closes_idle_connections(tmp_path: Path) -> None:
     """E16: as uvicorn does after five seconds; a POST never meets such a connection."""
     close = asyncio.Event()
@@ -455,6 +472,7 @@ async def test_a_server_that_closes_idle_connections(tmp_path: Path) -> None:
             close.clear()
 
 
+@pytest.mark.promise("E17a")
 @pytest.mark.parametrize("extra", [b"x", b"\r\n", OK])
 async def test_unexpected_bytes_end_an_idle_upstream_connection(extra: bytes, tmp_path: Path) -> None:
     """E17: they are nobody's answer."""
@@ -483,6 +501,7 @@ async def test_unexpected_bytes_end_an_idle_upstream_connection(extra: bytes, tm
 # --- the client's connection ---
 
 
+@pytest.mark.promise("E17")
 async def test_pipelined_requests_are_answered_in_order(tmp_path: Path) -> None:
     """E17: bodies and all, however they are cut."""
 
@@ -510,6 +529,7 @@ async def test_pipelined_requests_are_answered_in_order(tmp_path: Path) -> None:
         assert len(p.lines("request")) == 3 * len(bodies)
 
 
+@pytest.mark.promise("C10", "E17a")
 @pytest.mark.parametrize(
     ("request_", "connection", "open_"),
     [
@@ -553,6 +573,7 @@ async def test_idle_clients_are_closed_and_busy_ones_are_not(tmp_path: Path) -> 
         assert await busy.rest() == b""
 
 
+@pytest.mark.promise("E14")
 async def test_a_client_that_says_nothing_or_leaves_within_its_head(tmp_path: Path) -> None:
     """E14: nothing reaches the model server, nothing is recorded."""
     script = Script()
@@ -567,6 +588,7 @@ async def test_a_client_that_says_nothing_or_leaves_within_its_head(tmp_path: Pa
 # --- the end ---
 
 
+@pytest.mark.promise("E18")
 async def test_drain_lets_exchanges_finish(tmp_path: Path) -> None:
     """E18: what runs is finished and says close, idle connections end, new ones are refused."""
     at_work, go = asyncio.Event(), asyncio.Event()
@@ -596,6 +618,7 @@ async def test_drain_lets_exchanges_finish(tmp_path: Path) -> None:
         assert (await last_line(p))["capturestatus"] == "complete"
 
 
+@pytest.mark.promise("E18")
 async def test_drain_ends_a_stream_that_began_before_it(tmp_path: Path) -> None:
     """E18: whole, though its head did not say close."""
     go = asyncio.Event()
@@ -617,6 +640,7 @@ async def test_drain_ends_a_stream_that_began_before_it(tmp_path: Path) -> None:
         assert await draining == 0
 
 
+@pytest.mark.promise("C9a", "E18")
 async def test_drain_cuts_what_takes_too_long(tmp_path: Path) -> None:
     """E18, C9: as an abort; recorded as not complete, and the model server is told."""
     gone = asyncio.Event()
@@ -638,6 +662,7 @@ async def test_drain_cuts_what_takes_too_long(tmp_path: Path) -> None:
         assert (await last_line(p))["capturestatus"] != "complete"
 
 
+@pytest.mark.promise("E18")
 async def test_close_without_drain_leaves_nothing(tmp_path: Path) -> None:
     """E18: also when the block that runs the proxy fails; the leak check sees the rest."""
     socket_path = tmp_path / "p.sock"
@@ -650,6 +675,7 @@ async def test_close_without_drain_leaves_nothing(tmp_path: Path) -> None:
 # --- unix sockets, TLS ---
 
 
+@pytest.mark.promise("A2")
 async def test_unix_sockets_on_both_sides(tmp_path: Path) -> None:
     """A2: a client without an address adds none."""
     script = Script()
@@ -666,6 +692,7 @@ async def test_unix_sockets_on_both_sides(tmp_path: Path) -> None:
     assert header(script.received[0], b"host") == [b"h"]
 
 
+@pytest.mark.promise("E15")
 async def test_a_unix_upstream_that_is_not_there(tmp_path: Path) -> None:
     """E15."""
     async with proxy(f"unix:{tmp_path}/none.sock", tmp_path / "data") as p:
@@ -678,6 +705,7 @@ def server_context(certificate: tuple[Path, Path]) -> ssl.SSLContext:
     return context
 
 
+@pytest.mark.promise("A2")
 async def test_tls_on_both_sides(certificate: tuple[Path, Path], tmp_path: Path) -> None:
     """A2, E: trusted through upstream_ca; X-Forwarded-Proto says https; connections are reused."""
     script = Script()
@@ -699,6 +727,7 @@ async def test_tls_on_both_sides(certificate: tuple[Path, Path], tmp_path: Path)
         assert header(script.received[0], b"x-forwarded-proto") == [b"https"]
 
 
+@pytest.mark.promise("C10")
 @pytest.mark.parametrize("request_", [CLOSING, head(b"GET /a HTTP/1.0")])
 async def test_the_end_of_a_tls_connection_is_prompt(
     request_: bytes, certificate: tuple[Path, Path], tmp_path: Path
@@ -712,6 +741,7 @@ async def test_the_end_of_a_tls_connection_is_prompt(
         assert await asyncio.wait_for(client.rest(), 1) == b""
 
 
+@pytest.mark.promise("C9a")
 async def test_a_broken_answer_over_tls_is_an_abort(certificate: tuple[Path, Path], tmp_path: Path) -> None:
     """C9."""
     settings = {"proxy__tls_certificate": str(certificate[0]), "proxy__tls_key": str(certificate[1])}
@@ -724,6 +754,7 @@ async def test_a_broken_answer_over_tls_is_an_abort(certificate: tuple[Path, Pat
             await client.rest()
 
 
+@pytest.mark.promise("E15")
 @pytest.mark.parametrize("verify", [True, False])
 async def test_an_untrusted_upstream(verify: bool, certificate: tuple[Path, Path], tmp_path: Path) -> None:
     """E15: 502 that says why, unless the operator wants no check."""
@@ -740,6 +771,7 @@ async def test_an_untrusted_upstream(verify: bool, certificate: tuple[Path, Path
             assert payload(got) == b"ok"
 
 
+@pytest.mark.promise("E15")
 async def test_an_https_upstream_that_speaks_plain_http(tmp_path: Path) -> None:
     """E15."""
 
@@ -751,6 +783,7 @@ async def test_an_https_upstream_that_speaks_plain_http(tmp_path: Path) -> None:
         assert error(await exchange(p.port, GET))["code"] == 502
 
 
+@pytest.mark.promise("E16a")
 async def test_a_tls_upstream_that_ignores_the_close(
     certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -24,6 +24,7 @@ IN_FLIGHT = 26 * 1024 * 1024
 # --- promptness ---
 
 
+@pytest.mark.promise("D12")
 @pytest.mark.parametrize("framing", ["chunked", "length", "until close"])
 async def test_the_head_and_each_token_go_out_as_they_come(framing: str, tmp_path: Path) -> None:
     """D12: the model server goes on only when the client has read what came before: head, tokens, a heartbeat."""
@@ -57,6 +58,7 @@ async def test_the_head_and_each_token_go_out_as_they_come(framing: str, tmp_pat
             assert await client.reader.readexactly(5) == b"0\r\n\r\n"
 
 
+@pytest.mark.promise("D12")
 async def test_a_chunk_goes_on_before_it_is_whole(tmp_path: Path) -> None:
     """D12: a large chunk is not collected."""
     taken = asyncio.Event()
@@ -74,6 +76,7 @@ async def test_a_chunk_goes_on_before_it_is_whole(tmp_path: Path) -> None:
         assert (await client.reader.readuntil(b"0\r\n\r\n")).endswith(b"done\r\n0\r\n\r\n")
 
 
+@pytest.mark.promise("D12")
 @pytest.mark.parametrize(
     "pieces",
     [
@@ -104,6 +107,7 @@ async def test_the_request_goes_on_as_it_comes(pieces: list[bytes], tmp_path: Pa
 # --- both ways at once ---
 
 
+@pytest.mark.promise("D12a")
 async def test_an_answer_may_begin_while_the_upload_runs(tmp_path: Path) -> None:
     """D12: each side says a word when it has heard the other one's."""
 
@@ -127,6 +131,7 @@ async def test_an_answer_may_begin_while_the_upload_runs(tmp_path: Path) -> None
         assert await client.reader.readexactly(5) == b"0\r\n\r\n"
 
 
+@pytest.mark.promise("D12a")
 async def test_much_both_ways_at_once_does_not_deadlock() -> None:
     """D12: an echo of 64 MiB through buffers of a few."""
 
@@ -156,6 +161,7 @@ async def test_much_both_ways_at_once_does_not_deadlock() -> None:
         await sending
 
 
+@pytest.mark.promise("D12a")
 @pytest.mark.parametrize(
     "upload", [UPLOAD + b"5\r\nhello\r\n", POST[:-4].replace(b" 4", b" 99999999") + b"x" * 100_000]
 )
@@ -183,6 +189,7 @@ async def test_a_final_answer_may_come_before_the_upload_is_done(upload: bytes, 
         await gone.wait()
 
 
+@pytest.mark.promise("G21a")
 async def test_a_malformed_upload_ends_the_exchange(tmp_path: Path) -> None:
     """G21: the answer is 400; the model server sees its connection end, never the end of the body."""
     came = asyncio.Event()
@@ -228,6 +235,7 @@ async def write_all(writer: asyncio.StreamWriter, stalled: asyncio.Event) -> int
     return at
 
 
+@pytest.mark.promise("C11", "D13")
 @pytest.mark.usefixtures("quick_sweep")
 async def test_a_slow_reader_makes_the_model_server_wait() -> None:
     """C11, D13: for far longer than the idle time-out, and all of it arrives in the end."""
@@ -254,6 +262,7 @@ async def test_a_slow_reader_makes_the_model_server_wait() -> None:
         assert 0 < await written < IN_FLIGHT
 
 
+@pytest.mark.promise("C11", "D13")
 async def test_a_slow_model_server_makes_the_client_wait() -> None:
     """C11, D13: the same for uploads."""
     go = asyncio.Event()
@@ -276,6 +285,7 @@ async def test_a_slow_model_server_makes_the_client_wait() -> None:
         assert 0 < await writing < IN_FLIGHT
 
 
+@pytest.mark.promise("D13")
 async def test_a_recorder_without_room_slows_both_ways() -> None:
     """D13: a body flows no faster than it can be kept, and not a byte of it overtakes its record."""
     recorder = SlowRecorder()
@@ -295,6 +305,7 @@ async def test_a_recorder_without_room_slows_both_ways() -> None:
 # --- the end is held until it is recorded ---
 
 
+@pytest.mark.promise("D12")
 @pytest.mark.parametrize(
     ("response", "before"),
     [
@@ -347,6 +358,7 @@ async def test_what_completes_a_response_is_held(response: bytes, before: bytes 
     assert recorder.endings == [Ending.COMPLETE]
 
 
+@pytest.mark.promise("D12")
 async def test_the_close_that_completes_a_response_is_held() -> None:
     """D12: also for a body that ends with its connection."""
     recorder = SlowRecorder()
@@ -361,6 +373,7 @@ async def test_the_close_that_completes_a_response_is_held() -> None:
         assert await client.rest() == b""
 
 
+@pytest.mark.promise("D12", "E15")
 async def test_an_answer_of_the_relay_is_held_too() -> None:
     """D12, E15: 502 is recorded before it is seen."""
     recorder = SlowRecorder()
@@ -376,6 +389,7 @@ async def test_an_answer_of_the_relay_is_held_too() -> None:
     assert recorder.endings == [Ending.UPSTREAM_FAILED]
 
 
+@pytest.mark.promise("E14")
 async def test_a_client_that_leaves_while_its_answer_is_held_disturbs_nobody() -> None:
     """E14."""
     recorder = SlowRecorder()

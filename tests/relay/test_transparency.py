@@ -44,6 +44,7 @@ REQUESTS = {
 }
 
 
+@pytest.mark.promise("A3", "A3a", "A4", "C7", "C7a", "C10b")
 @pytest.mark.parametrize("request_", REQUESTS.values(), ids=REQUESTS)
 async def test_a_request_arrives_as_it_was_sent(request_: bytes, tmp_path: Path) -> None:
     """A3, A4, C7: no User-Agent, Accept, Accept-Encoding or Content-Type is added, no framing changed."""
@@ -84,6 +85,7 @@ RESPONSES = {
 }
 
 
+@pytest.mark.promise("A3", "A3a", "A4", "B6c", "C7", "C7a", "C10b")
 @pytest.mark.parametrize("response", RESPONSES.values(), ids=RESPONSES)
 @pytest.mark.parametrize("cut", [False, True], ids=["whole", "byte by byte"])
 async def test_a_response_arrives_as_it_was_sent(response: bytes, cut: bool, tmp_path: Path) -> None:
@@ -108,6 +110,7 @@ async def test_a_response_arrives_as_it_was_sent(response: bytes, cut: bool, tmp
     assert b"cookie" not in names(requests[1])
 
 
+@pytest.mark.promise("C11a")
 @pytest.mark.parametrize("limit", [0, 10])
 async def test_a_capture_limit_never_changes_the_traffic(limit: int, tmp_path: Path) -> None:
     """C11."""
@@ -136,6 +139,7 @@ HOP = (
 )
 
 
+@pytest.mark.promise("A1")
 async def test_hop_by_hop_headers_do_not_pass(tmp_path: Path) -> None:
     """A1: both ways, with every name that Connection lists."""
     script = Script(head(b"HTTP/1.1 200 OK", b"A: 1", *HOP, ID, b"Content-Length: 0"))
@@ -145,6 +149,7 @@ async def test_hop_by_hop_headers_do_not_pass(tmp_path: Path) -> None:
     assert got == head(b"HTTP/1.1 200 OK", b"A: 1", ID, b"Content-Length: 0")
 
 
+@pytest.mark.promise("A1b")
 async def test_connection_can_not_strip_what_frames_a_message(tmp_path: Path) -> None:
     """A1: else the model server would take the body for the next request."""
     script = Script(head(b"HTTP/1.1 200 OK", b"Connection: content-length", b"Content-Length: 2", ID) + b"ok")
@@ -157,6 +162,7 @@ async def test_connection_can_not_strip_what_frames_a_message(tmp_path: Path) ->
     assert got == head(b"HTTP/1.1 200 OK", b"Content-Length: 2", ID) + b"ok"
 
 
+@pytest.mark.promise("A1a")
 async def test_te_trailers_is_passed_on(tmp_path: Path) -> None:
     """A1."""
     script = Script()
@@ -168,6 +174,7 @@ async def test_te_trailers_is_passed_on(tmp_path: Path) -> None:
 # --- what is added ---
 
 
+@pytest.mark.promise("A2", "A2a")
 @pytest.mark.parametrize(
     ("mode", "expected"),
     [
@@ -192,6 +199,7 @@ async def test_forwarding(mode: str, host: str, expected: tuple[list[bytes], ...
     assert (b"x-forwarded-for" in names(second)) is (mode != "off")
 
 
+@pytest.mark.promise("A3a")
 @pytest.mark.parametrize("sent", [b"a", b"A-b_c.9~", b"x" * 100])
 async def test_a_valid_request_id_is_used(sent: bytes, tmp_path: Path) -> None:
     """A3: the same one upstream, downstream and in the lines."""
@@ -203,6 +211,7 @@ async def test_a_valid_request_id_is_used(sent: bytes, tmp_path: Path) -> None:
     assert line["xrequestid"] == sent.decode()
 
 
+@pytest.mark.promise("A3a", "A4a")
 @pytest.mark.parametrize("sent", [None, b"", b"a b", b"x" * 101, b"\xc3\xa9", b'a"\xff'])
 async def test_a_request_id_is_made_where_none_is_valid(sent: bytes | None, tmp_path: Path) -> None:
     """A3, A4."""
@@ -219,6 +228,7 @@ async def test_a_request_id_is_made_where_none_is_valid(sent: bytes | None, tmp_
     assert line["xrequestid"] == made[0].decode()
 
 
+@pytest.mark.promise("A3a")
 async def test_the_model_servers_own_request_id_is_kept(tmp_path: Path) -> None:
     """A3."""
     async with asking(
@@ -231,6 +241,7 @@ async def test_the_model_servers_own_request_id_is_kept(tmp_path: Path) -> None:
 # --- limits ---
 
 
+@pytest.mark.promise("A5")
 @pytest.mark.parametrize("size", [16_000, 64_000, 120_000])
 async def test_large_heads_pass_both_ways(size: int, tmp_path: Path) -> None:
     """A5."""
@@ -243,6 +254,7 @@ async def test_large_heads_pass_both_ways(size: int, tmp_path: Path) -> None:
     assert header(got, b"cookie") == [b"c" * size]
 
 
+@pytest.mark.promise("A5", "G21")
 @pytest.mark.parametrize(
     ("request_", "status"),
     [
@@ -265,6 +277,7 @@ async def test_heads_over_the_limit_are_refused(request_: bytes, status: int, tm
     assert script.received == []
 
 
+@pytest.mark.promise("A5", "G22")
 async def test_a_response_head_over_the_limit_is_not_passed_on(tmp_path: Path) -> None:
     """A5, G22."""
     async with asking(Script(head(b"HTTP/1.1 200 OK", b"A: " + b"a" * 140_000)), tmp_path) as client:
@@ -287,6 +300,7 @@ TARGETS = [
 TARGETS += [b"/\\a|b^`{}<>\"'", b"/" + b"x" * 60_000, b"/~user/*?*=!$&'()+,;=:@"]
 
 
+@pytest.mark.promise("B6", "B6a")
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target[:20].decode())
 @pytest.mark.parametrize("base", ["", "/", "/v1/models", "/v1/"])
 async def test_targets_pass_byte_for_byte(target: bytes, base: str, tmp_path: Path) -> None:
@@ -299,6 +313,7 @@ async def test_targets_pass_byte_for_byte(target: bytes, base: str, tmp_path: Pa
     assert recorded in (None, target.decode())
 
 
+@pytest.mark.promise("A2a", "B6b")
 @pytest.mark.parametrize(
     ("start", "expected", "host"),
     [
@@ -308,6 +323,10 @@ async def test_targets_pass_byte_for_byte(target: bytes, base: str, tmp_path: Pa
         (b"PROPFIND /a HTTP/1.1", b"PROPFIND /v1/a HTTP/1.1", b"h"),
         (b"QUERY /a HTTP/1.1", b"QUERY /v1/a HTTP/1.1", b"h"),
         (b"PATCH /a HTTP/1.1", b"PATCH /v1/a HTTP/1.1", b"h"),
+        (b"FOO /a HTTP/1.1", b"FOO /v1/a HTTP/1.1", b"h"),
+        (b"Foo-Bar http://other/a HTTP/1.1", b"Foo-Bar /v1/a HTTP/1.1", b"other"),
+        (b"!#$%&'*+-.^_`|~09Az /a HTTP/1.1", b"!#$%&'*+-.^_`|~09Az /v1/a HTTP/1.1", b"h"),
+        (b"x" * 100 + b" /a HTTP/1.1", b"x" * 100 + b" /v1/a HTTP/1.1", b"h"),
     ],
 )
 async def test_other_forms_and_methods(start: bytes, expected: bytes, host: bytes, tmp_path: Path) -> None:
@@ -319,11 +338,28 @@ async def test_other_forms_and_methods(start: bytes, expected: bytes, host: byte
     assert header(script.received[0], b"host") == [host]
 
 
+@pytest.mark.promise("A2a", "B6b", "G21")
 @pytest.mark.parametrize(
     ("request_", "status"),
     [
         (head(b"CONNECT model:443 HTTP/1.1", b"Host: h"), 405),
         (head(b"TRACE /a HTTP/1.1", b"Host: h"), 405),
+        *(
+            (head(method + b" /a HTTP/1.1", b"Host: h"), 400)
+            for method in (
+                b"get",
+                b"Post",
+                b"heaD",
+                b"connect",
+                b"trace",
+                b"PRI",
+                b"",
+                b"F@O",
+                b"F\xc3\xb6",
+                b"x" * 101,
+                b"F\tO",
+            )
+        ),
         (head(b"GET /a HTTP/1.1"), 400),
         (head(b"GET /a HTTP/1.1", b"Host: h", b"Host: h"), 400),
         (head(b"GET a HTTP/1.1", b"Host: h"), 400),
@@ -342,6 +378,7 @@ async def test_what_is_not_passed_on(request_: bytes, status: int, tmp_path: Pat
     assert script.received == []
 
 
+@pytest.mark.promise("B6c")
 async def test_no_proxy_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """B6."""
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "https_proxy"):
@@ -361,6 +398,7 @@ BODYLESS = [
 ]
 
 
+@pytest.mark.promise("C8", "E17a")
 @pytest.mark.parametrize(("method", "response"), BODYLESS)
 @pytest.mark.parametrize("wrong", [b"", b"hello", b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil"])
 async def test_no_body_where_there_is_none(method: bytes, response: bytes, wrong: bytes, tmp_path: Path) -> None:
@@ -370,6 +408,7 @@ async def test_no_body_where_there_is_none(method: bytes, response: bytes, wrong
         assert payload(await client.ask(GET)) == b"ok"
 
 
+@pytest.mark.promise("C8", "E17a")
 @pytest.mark.parametrize(
     ("method", "response"),
     [
@@ -404,6 +443,7 @@ async def test_a_wrong_body_that_comes_late_is_not_the_next_answer(
     assert second.is_set()
 
 
+@pytest.mark.promise("C9", "E17a")
 async def test_an_upstream_longer_than_its_length_is_cut(tmp_path: Path) -> None:
     """C9, E17: and its connection not used again."""
     script = Script(OK + b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil", OK)
@@ -413,6 +453,7 @@ async def test_an_upstream_longer_than_its_length_is_cut(tmp_path: Path) -> None
         assert model.connections == 2
 
 
+@pytest.mark.promise("C10")
 @pytest.mark.parametrize("version", [b"1.0", b"1.1"])
 @pytest.mark.parametrize(
     "body", [b"hello", b"", b"0\r\n\r\n", bytes(100_000)], ids=["text", "empty", "looks chunked", "large"]
@@ -424,6 +465,7 @@ async def test_a_body_until_close(version: bytes, body: bytes, tmp_path: Path) -
         assert await client.rest() == head(b"HTTP/1.1 200 OK", ID, b"Connection: close") + body
 
 
+@pytest.mark.promise("C10")
 @pytest.mark.parametrize("connection", [(), (b"Connection: keep-alive",)])
 async def test_an_http_1_0_client_gets_no_chunks(connection: tuple[bytes, ...], tmp_path: Path) -> None:
     """C10: nor trailers, nor interim responses."""
@@ -435,6 +477,7 @@ async def test_an_http_1_0_client_gets_no_chunks(connection: tuple[bytes, ...], 
         assert await client.rest() == head(b"HTTP/1.1 200 OK", ID, b"Connection: close") + b"pong!"
 
 
+@pytest.mark.promise("A2a", "C7")
 async def test_an_http_1_0_request_goes_on_as_1_1_with_a_host(tmp_path: Path) -> None:
     """A2, C7."""
     script = Script()
@@ -448,6 +491,7 @@ async def test_an_http_1_0_request_goes_on_as_1_1_with_a_host(tmp_path: Path) ->
 # --- trailers, interim responses ---
 
 
+@pytest.mark.promise("C10a")
 async def test_trailers_pass_both_ways(tmp_path: Path) -> None:
     """C10: but for those that would act as headers."""
     response = head(b"HTTP/1.1 200 OK", b"Trailer: X-Sum", ID, b"Transfer-Encoding: chunked") + b"4\r\npong\r\n"
@@ -459,6 +503,7 @@ async def test_trailers_pass_both_ways(tmp_path: Path) -> None:
     assert script.received == [request + b"4\r\nping\r\n0\r\nX-Sum: 3\r\n\r\n"]
 
 
+@pytest.mark.promise("C10a", "E17a")
 @pytest.mark.parametrize("pause", [False, True], ids=["at once", "afterwards"])
 async def test_a_trailer_is_no_header_of_the_next_message(pause: bool, tmp_path: Path) -> None:
     """C10, E17: aiohttp's own parser keeps the last trailer and puts it before the next message's headers."""
@@ -479,6 +524,7 @@ async def test_a_trailer_is_no_header_of_the_next_message(pause: bool, tmp_path:
     assert script.received == [first, second]
 
 
+@pytest.mark.promise("F19")
 async def test_100_continue_comes_from_the_model_server(tmp_path: Path) -> None:
     """F19: the body is not asked for before the model server asks for it."""
     heads: asyncio.Queue[bytes] = asyncio.Queue()
@@ -502,6 +548,7 @@ async def test_100_continue_comes_from_the_model_server(tmp_path: Path) -> None:
         assert payload(await client.ask(b"ping")) == b"ok"
 
 
+@pytest.mark.promise("D12a", "F19")
 async def test_a_refused_expectation(tmp_path: Path) -> None:
     """F19, D12: the final answer comes without the body; what follows is not taken for a request."""
     refusal = head(b"HTTP/1.1 417 Expectation Failed", b"Content-Length: 0", ID)
@@ -516,6 +563,7 @@ async def test_a_refused_expectation(tmp_path: Path) -> None:
         assert await client.rest() == refusal[:-2] + b"Connection: close\r\n\r\n"
 
 
+@pytest.mark.promise("C8", "F19a")
 async def test_interim_responses_are_passed_on(tmp_path: Path) -> None:
     """C8, F19: 102, 103 and what there may be, before the final head, as often as they come."""
     interim = head(b"HTTP/1.1 103 Early Hints", b"Link: </a.css>", b"X: \xff") + head(b"HTTP/1.1 102 Processing")
@@ -553,6 +601,7 @@ BAD_ANSWERS = [
 ]
 
 
+@pytest.mark.promise("G22")
 @pytest.mark.parametrize("response", BAD_ANSWERS, ids=lambda response: response[:70].decode("latin-1"))
 async def test_an_answer_that_breaks_the_rules_is_not_passed_on(response: bytes, tmp_path: Path) -> None:
     """G22: 502 before a byte of it has gone out; the upstream connection is not used again."""
@@ -565,6 +614,7 @@ async def test_an_answer_that_breaks_the_rules_is_not_passed_on(response: bytes,
         assert model.connections == 2
 
 
+@pytest.mark.promise("C11a")
 async def test_probes_are_relayed_though_they_are_not_recorded(tmp_path: Path) -> None:
     """A3."""
     async with relayed(Script(), tmp_path) as p, connected(p.port) as client:
