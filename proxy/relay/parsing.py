@@ -18,7 +18,6 @@ from multidict import CIMultiDictProxy
 from proxy.relay.faults import RequestFault, UpstreamInvalid
 from proxy.relay.headers import is_clean
 
-
 # RFC 9110 §9 and RFC 5789. One that is equal to them but for case is none, but some servers take it for one.
 _METHODS = frozenset({b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"CONNECT", b"OPTIONS", b"TRACE", b"PATCH"})
 _TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,100}")
