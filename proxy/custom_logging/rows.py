@@ -22,18 +22,22 @@ from proxy.capture.payload import MAX_DEPTH, json_value, outside_strings
 
 PIECE_BYTES = 128 * 1024
 LARGE_BYTES = 1024 * 1024  # of a single row
-MOST_NAMES = 200_000  # and objects, in one such row: each costs time and memory
+MOST_NAMES = 200_000  # of columns, and of names and objects in one large row: each costs time and memory
 _BLANKS = b" \t\r\n"
 _FIRST_NAME = re.compile(rb'[ \t\r\n]{0,9}(\{[ \t\r\n]{0,9}"[^"\\]{0,99}")')
 _COMMA = re.compile(rb"[ \t\r\n]*,")
 _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{}]', re.DOTALL)  # possessive: no input makes it go back
 _SHOWN = 40
-_KINDS = {b"{": "an object", b"[": "an array", b'"': "a string", b"t": "true", b"f": "false", b"n": "null"}
-_NO_JSON = "no JSON"
+_BEGINNINGS = {b"{": "an object", b"[": "an array", b'"': "a string"}
+_MSGSPECS_KINDS = {"array": "an array", "str": "a string", "bool": "true or false", "null": "null"}
+_WORD = re.compile(rb"(true|false|null)(?![0-9A-Za-z_])")
+_ANY_ROW = re.compile(rb"\}[ \t\r\n]*,(?=[ \t\r\n]*\{)")
 _TOO_MANY = f"row {{}} has more than {MOST_NAMES} names and objects"
 _TOO_DEEP = f"it nests deeper than {MAX_DEPTH} levels, which readers fail on"
 _check_json = msgspec.json.Decoder(msgspec.Raw).decode
 _rows_of_raw = msgspec.json.Decoder(list[dict[str, msgspec.Raw]]).decode
+_raw_rows = msgspec.json.Decoder(list[msgspec.Raw]).decode
+_NOT_THERE = re.compile(r"got `(\w+)` - at `\$\[(\d+)\]`")  # of msgspec's errors
 
 
 class NotRowsError(ValueError):
@@ -51,9 +55,10 @@ def check(body: bytes | bytearray) -> None:
     if start >= end:
         raise NotRowsError("the body is empty")
     if body[start : start + 1] != b"[":
-        if _kind(body, start) == _NO_JSON:
+        kind = _kind(body, start)
+        if kind is None:
             raise _invalid(body, bytes(body[start:end]), start)
-        raise NotRowsError(f"the body is {_kind(body, start)}, not an array of objects")
+        raise NotRowsError(f"the body is {kind}, not an array of objects")
     _Rows(body, start + 1, end - 1).check()
 
 
@@ -85,6 +90,8 @@ class _Rows:
                 raise NotRowsError(f"the body is not valid JSON: no row follows the comma at byte {self._start - 1}")
             for names in {tuple(row) for row in rows}:
                 _check_case(names, self._columns)
+            if len(self._columns) > MOST_NAMES:
+                raise NotRowsError(f"the rows have more than {MOST_NAMES} columns")
             if stop == self._end:
                 return
             self._count += len(rows)
@@ -95,9 +102,10 @@ class _Rows:
 
         It may be within a string or another array. Then the piece is not valid JSON, which has but one reading.
         """
-        found = self._between.search(self._body, self._start + PIECE_BYTES, self._start + LARGE_BYTES)
-        if found is not None and found.start() < self._end:
-            return found.start() + 1
+        for between in (self._between, _ANY_ROW):
+            found = between.search(self._body, self._start + PIECE_BYTES, self._start + LARGE_BYTES)
+            if found is not None and found.start() < self._end:
+                return found.start() + 1
         if self._end - self._start > LARGE_BYTES:
             raise LookupError
         return self._end
@@ -110,37 +118,45 @@ class _Rows:
 
     def _sure(self) -> int:
         """Where a row ends. Raises NotRowsError if the rest is no JSON."""
+        if self._valid:
+            return self._end_of_row()
         rest = self._rest()
         try:
-            if not self._valid:
-                _check_json(rest)
-                rest.decode()
+            _check_json(rest)
+            rest.decode()
         except (msgspec.DecodeError, UnicodeDecodeError):
             raise _invalid(self._body, rest, self._start - 1) from None
         except RecursionError:
             raise NotRowsError(_TOO_DEEP) from None
         self._valid = True
-        return self._end if _names_and_objects(rest)[1] <= MOST_NAMES else self._end_of_row()
+        return self._end if sum(_names_and_objects(rest)) <= MOST_NAMES else self._end_of_row()
 
     def _rest(self) -> bytes:
         return b"".join((b"[", memoryview(self._body)[self._start : self._end + 1]))
 
     def _end_of_row(self) -> int:
-        """Where the first row ends that ends PIECE_BYTES on or later, or else the last one."""
+        """Where the first row ends that ends PIECE_BYTES on or later, or else the last one. Raises NotRowsError."""
         depth = objects = 0
+        number, behind = self._count, self._start
         for token in _TOKEN.finditer(self._body, self._start, self._end):
             mark = token[0][:1]
+            if depth == 0:
+                before = self._body[behind : token.start()].strip(_BLANKS + b",")
+                if before or mark != b"{":
+                    raise _no_row(number, _kind(before or mark, 0) or "a number")
             if mark in b"{[":
                 depth += 1
-                objects += 1
+                objects += mark == b"{"
                 if objects > MOST_NAMES:
-                    raise NotRowsError(_TOO_MANY.format(self._count))
+                    raise NotRowsError(_TOO_MANY.format(number))
             elif mark in b"}]":
                 depth -= 1
                 if depth == 0:
                     objects = 0
-                    if token.end() - self._start >= PIECE_BYTES and _COMMA.match(self._body, token.end()):
-                        return token.end()
+                    number += 1
+                    behind = token.end()
+                    if behind - self._start >= PIECE_BYTES and _COMMA.match(self._body, behind):
+                        return behind
         return self._end
 
 
@@ -148,7 +164,7 @@ def _small(piece: bytes, rows_before: int) -> list[dict[str, Any]]:
     elements = orjson.loads(piece)
     for number, element in enumerate(elements, rows_before):
         if type(element) is not dict:
-            raise _no_row(number, _kind(orjson.dumps(element), 0))
+            raise _no_row(number, _kind_of(element))
     text = b"".join(outside_strings(piece))
     inner: list[dict[str, Any]] = []
     if text.count(b"[") + text.count(b"{") > len(elements) + 1:
@@ -158,32 +174,39 @@ def _small(piece: bytes, rows_before: int) -> list[dict[str, Any]]:
 
 
 def _large(piece: bytes, rows_before: int) -> list[dict[str, Any]]:
-    """Of large rows, which are valid JSON, only their names and the objects within it are made objects of."""
-    first = len(piece) - len(piece[1:].lstrip(_BLANKS))
-    if piece[first : first + 1] != b"{":
-        raise _no_row(rows_before, _kind(piece, first))
-    names, together = _names_and_objects(piece)
-    if together > MOST_NAMES:
-        raise NotRowsError(_TOO_MANY.format(rows_before))
+    """Of large rows, which are valid JSON, only their names and the objects within them are made objects of."""
+    if sum(_names_and_objects(piece)) > MOST_NAMES:  # rows that were told apart
+        for number, raw in enumerate(_raw_rows(piece), rows_before):
+            if sum(_names_and_objects(bytes(raw))) > MOST_NAMES:
+                raise NotRowsError(_TOO_MANY.format(number))
     try:
         rows = _rows_of_raw(piece)
-    except msgspec.ValidationError:
-        raise _no_row(rows_before, "something else, or one of those behind it is") from None
-    if json_value(piece) is None:  # valid it is, but for what other readers want
-        raise NotRowsError(f"row {rows_before} is not UTF-8, or nests deeper than {MAX_DEPTH} levels")
-    cells = [bytes(cell) for row in rows for cell in row.values()]
-    inner = list(_objects_within([[orjson.loads(cell)] for cell in cells if b"{" in cell]))
+    except msgspec.ValidationError as error:
+        found = _NOT_THERE.search(str(error))
+        kind, at = found.groups() if found else ("", 0)
+        raise _no_row(rows_before + int(at), _MSGSPECS_KINDS.get(kind, "a number")) from None
+    names = 0
+    inner: list[dict[str, Any]] = []
+    for number, (raw, cells) in enumerate(zip(_raw_rows(piece), rows, strict=True), rows_before):
+        row = bytes(raw)
+        counted = _names_and_objects(row)
+        if json_value(b"[%b]" % row) is None:  # valid it is, but for what other readers want
+            raise NotRowsError(f"row {number} is not UTF-8, or nests deeper than {MAX_DEPTH} levels")
+        names += counted[0]
+        if counted[1] > 1:
+            texts = map(bytes, cells.values())
+            inner += _objects_within([[orjson.loads(text)] for text in texts if b"{" in text])
     _check_names(piece, names, rows, inner)
     return rows
 
 
 def _names_and_objects(json: bytes) -> tuple[int, int]:
-    """How many names there are in valid JSON, and how many names and objects."""
+    """How many names there are in valid JSON, and how many objects."""
     names = objects = 0
     for text in outside_strings(json):
         names += text.count(b":")
         objects += text.count(b"{")
-    return names, names + objects
+    return names, objects
 
 
 def _check_names(piece: bytes, names: int, rows: list[dict[str, Any]], inner: list[dict[str, Any]]) -> None:
@@ -234,15 +257,25 @@ def _repeated(array: bytes) -> str:
                 found = name
             names.add(name)
 
-    json.loads(array, object_pairs_hook=note)
+    json.loads(array, object_pairs_hook=note, parse_int=str, parse_float=str)  # Python makes no int of 5000 digits
     return found
 
 
 # --- words ---
 
 
-def _kind(text: bytes | bytearray, at: int) -> str:
-    return _KINDS.get(bytes(text[at : at + 1]), "a number" if text[at : at + 1] in b"-0123456789" else _NO_JSON)
+def _kind(text: bytes | bytearray, at: int) -> str | None:
+    """Of the JSON that begins there; None: it is none."""
+    word = _WORD.match(text, at)
+    if word is not None:
+        return word[1].decode()
+    first = bytes(text[at : at + 1])
+    return "a number" if first in b"-0123456789" else _BEGINNINGS.get(first)
+
+
+def _kind_of(value: Any) -> str:
+    kinds: dict[type, str] = {list: "an array", str: "a string", bool: "true" if value else "false", type(None): "null"}
+    return kinds.get(type(value), "a number")
 
 
 def _no_row(number: int, kind: str) -> NotRowsError:
@@ -261,6 +294,8 @@ def _invalid(body: bytes | bytearray, text: bytes, offset: int) -> NotRowsError:
         try:
             at = offset + len(text[:LARGE_BYTES].decode()[: error.pos].encode())
         except UnicodeDecodeError as coding:
+            if coding.end == LARGE_BYTES and "end of data" in coding.reason:  # it is cut there by us
+                return NotRowsError(f"the body is not valid JSON, behind byte {offset + LARGE_BYTES}")
             return NotRowsError(f"the body is not UTF-8, at byte {offset + coding.start}")
         if at < offset + LARGE_BYTES - 1 or len(text) <= LARGE_BYTES:
             near = bytes(body[max(0, at - _SHOWN // 2) : at + _SHOWN // 2]).decode(errors="replace")
