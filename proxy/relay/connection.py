@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import select
 import socket
 import struct
 from collections import deque
@@ -16,6 +17,7 @@ READ_AHEAD_BYTES = 256 * 1024  # received and not yet taken; above this the peer
 KNOWN_HEAD_BYTES = 4 * 1024  # longest head that a connection remembers, to recognise it when it comes again
 _NEVER_FIRST = frozenset(range(0x20)) - {0x0A, 0x0D}
 _TLS_HANDSHAKE = 0x16
+_PEER_ENDED: int = getattr(select, "POLLRDHUP", 0)  # of Linux
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
@@ -24,11 +26,15 @@ class NotHTTP(Exception):
 
 
 class HeadTooLong(Exception):
-    """The head of a message is over the limit; ``in_start_line`` says whether its first line alone is."""
+    """The head of a message is over the limit; ``in_start_line`` says whether its first line alone is.
+
+    ``data`` is how it begins.
+    """
 
     def __init__(self, data: bytes, max_bytes: int) -> None:
         super().__init__(max_bytes)
         self.in_start_line = b"\n" not in data[:max_bytes]
+        self.data = data
 
 
 class Connection:
@@ -209,6 +215,15 @@ class Connection:
                 await self._drained
             finally:
                 self._drained = None
+
+    def has_left(self) -> bool:
+        """Whether the peer has gone while nothing is read from it, so that nothing tells of it. A system call."""
+        sock: socket.socket | None = None if self.transport is None else self.transport.get_extra_info("socket")
+        if not self._reading_paused or sock is None or sock.fileno() < 0:
+            return False
+        poll = select.poll()
+        poll.register(sock.fileno(), 0 if self.half_open else _PEER_ENDED)
+        return bool(poll.poll(0))  # errors and ends of both directions are told of in any case
 
     # --- closing ---
 

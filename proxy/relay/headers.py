@@ -51,6 +51,8 @@ _NOT_TRAILERS = (
         }
     )
 )
+MAX_LENGTH_DIGITS = 18  # of a Content-Length: 64 bits hold them, and every parser takes them
+_HOST = re.compile(rb"[0-9A-Za-z\-._~!$&'()*+,;=%:\[\]]*")  # RFC 3986 §3.2
 MAX_REQUEST_ID = 100  # characters; the Azure inference server answers 431 above that
 
 # A response head by the letter (RFC 9112 §5): no control characters, bare CR or LF, folded lines, blanks before a colon.
@@ -72,6 +74,29 @@ def connection_options(values: Iterable[str]) -> frozenset[bytes]:
             options = value.encode("utf-8", "surrogateescape").split(b",")
             named.update(option.strip(b" \t").lower() for option in options)
     return frozenset(named - _NOT_CONNECTION_OPTIONS) if named else _NO_OPTIONS
+
+
+def is_last(connection: Iterable[str], *, http10: bool) -> bool:
+    """Whether a message with these Connection headers is the last one on its connection (RFC 9112 §9.3)."""
+    options = {option.strip(" \t").lower() for value in connection for option in value.split(",")}
+    return "close" in options or (http10 and "keep-alive" not in options)
+
+
+def content_length(values: Iterable[str]) -> int | None:
+    """None: there is none, or more than a number of bytes can be. ``values`` are digits, which the parser has checked."""
+    for value in values:
+        return int(value) if len(value) <= MAX_LENGTH_DIGITS else None
+    return None
+
+
+def is_chunked(codings: list[str]) -> bool:
+    """Whether these Transfer-Encoding headers mean chunked, and nothing else does: not with a Kelvin sign, whose lower case is k."""
+    return len(codings) == 1 and codings[0].isascii() and codings[0].lower() == "chunked"
+
+
+def valid_host(value: bytes) -> bool:
+    """Whether it has the form of a Host header (RFC 9110 §7.2)."""
+    return _HOST.fullmatch(value) is not None
 
 
 def upgrade_protocols(connection: Iterable[str], upgrade: Iterable[str]) -> frozenset[str]:
@@ -155,12 +180,13 @@ def request_head(
     chunked: bool,
     te_trailers: bool,
     upgrade: bytes | None = None,
+    authority: bytes | None = None,
 ) -> tuple[bytes, bytes]:
     """The head that goes to the model server: what stands before and behind the id that we give the request.
 
     ``dropped`` are the client's connection options; ``set_host`` takes the place of the client's Host. With
     ``has_request_id`` the client's own id is good, and nothing stands behind it: the first part is the whole head.
-    ``upgrade`` are the protocols that the client would like to change to.
+    ``upgrade`` are the protocols that the client would like to change to; ``authority`` is the host that its target names.
     """
     before = b""
     skipped = forwarding.skipped[chunked]
@@ -186,7 +212,7 @@ def request_head(
         parts.append(b"x-request-id: ")
         before = b"".join(parts)
         parts = [_END]
-    parts.append(forwarding.lines(sent, client_host or b""))
+    parts.append(forwarding.lines(sent, authority or client_host or b""))
     if upgrade is not None:
         parts += (b"Connection: Upgrade\r\nUpgrade: ", upgrade, _END)
     elif te_trailers:

@@ -78,8 +78,10 @@ class RequestParser:
 
     def parse(self, head: bytes) -> RequestHead:
         """``head`` ends in an empty line. Raises RequestFault."""
+        if head.count(b" ", 0, head.find(b"\r")) != 2:  # the parser takes several for one
+            raise RequestFault("the request is not valid HTTP/1.1: invalid request line")
         end = head.find(b" ")
-        method = head[:end] if end > 0 else b""
+        method = head[:end]
         if method in _METHODS:
             return self._parse(head)
         if _TOKEN.fullmatch(method) is None or method.upper() in _METHODS or method == b"PRI":  # of HTTP/2

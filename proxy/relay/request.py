@@ -13,9 +13,13 @@ from proxy.relay.framing import BodyDecoder, ChunkedBody, LengthBody
 from proxy.relay.headers import (
     Forwarding,
     connection_options,
+    content_length,
+    is_chunked,
+    is_last,
     origin_form,
     request_head,
     upgrade_protocols,
+    valid_host,
     valid_request_id,
 )
 from proxy.relay.parsing import RequestHead
@@ -65,8 +69,8 @@ class Request:
         self.method: str = head.method
         self.target: str = head.path
         self.headers: CIMultiDictProxy[str] = headers
-        self.last: bool = head.should_close  # on its connection
         self.http10: bool = head.version == HttpVersion10
+        self.last = is_last(headers.getall("connection", ()), http10=self.http10)  # on its connection
         self.chunked = "transfer-encoding" in headers
         self.length = self._length()
         incoming = headers.get("x-request-id")
@@ -74,6 +78,9 @@ class Request:
         self.client_id = incoming if valid else None
         self.upgrade = self._upgrade()
         target, authority = origin_form(self.target.encode("utf-8", "surrogateescape"), route.base_path)
+        for host in (headers.get("host", "").encode("utf-8", "surrogateescape"), authority or b""):
+            if not valid_host(host):
+                raise RequestFault("the request's host is not valid")
         self._before_id, self._after_id = request_head(
             self.method.encode(),
             target,
@@ -84,8 +91,13 @@ class Request:
             has_request_id=valid,
             forwarding=forwarding,
             chunked=self.chunked,
-            te_trailers="trailers" in headers.get("te", "").lower(),
+            te_trailers=any(
+                member.partition(";")[0].strip(" \t").lower() == "trailers"
+                for value in headers.getall("te", ())
+                for member in value.split(",")
+            ),
             upgrade=_joined(headers.getall("upgrade")) if self.upgrade else None,
+            authority=authority,
         )
 
     def _upgrade(self) -> frozenset[str]:
@@ -98,10 +110,13 @@ class Request:
     def _length(self) -> int | None:
         """RFC 9112 §6.3."""
         if not self.chunked:
-            return int(self.headers.get("content-length", 0))
+            length = content_length(self.headers.getall("content-length", ("0",)))
+            if length is None:
+                raise RequestFault("the request's Content-Length is not valid")
+            return length
         if self.http10:
             raise RequestFault("Transfer-Encoding is not allowed in HTTP/1.0")
-        if [value.lower() for value in self.headers.getall("transfer-encoding")] != ["chunked"]:
+        if not is_chunked(self.headers.getall("transfer-encoding")):
             raise RequestFault("only the chunked transfer encoding is supported", HTTPStatus.NOT_IMPLEMENTED, "coding")
         return None
 

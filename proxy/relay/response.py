@@ -7,7 +7,14 @@ from multidict import CIMultiDictProxy
 
 from proxy.relay.faults import UpstreamInvalid
 from proxy.relay.framing import BodyDecoder, ChunkedBody, CloseBody, LengthBody
-from proxy.relay.headers import connection_options, response_head, upgrade_protocols
+from proxy.relay.headers import (
+    connection_options,
+    content_length,
+    is_chunked,
+    is_last,
+    response_head,
+    upgrade_protocols,
+)
 from proxy.relay.parsing import ResponseHead
 
 _NOT_INTERIM = frozenset({b"content-length"})  # RFC 9110 §8.6
@@ -33,15 +40,17 @@ class Response:
         headers = head.headers
         self.status: int = head.code
         self.headers: CIMultiDictProxy[str] = headers
-        self.last: bool = head.should_close  # on its connection
+        self.last = is_last(headers.getall("connection", ()), http10=head.version == HttpVersion10)  # on its connection
         encodings = headers.getall("transfer-encoding", None)
         self.chunked = encodings is not None
-        if encodings is not None and [one.lower() for one in encodings] != ["chunked"]:
+        if encodings is not None and not is_chunked(encodings):
             raise UpstreamInvalid("the model server's transfer encoding is not supported")
         if self.chunked and head.version == HttpVersion10:
             raise UpstreamInvalid("the model server used a transfer encoding in HTTP/1.0")
-        length = headers.get("content-length")
-        self._length = None if length is None else int(length)
+        lengths = headers.getall("content-length", None)
+        self._length = None if lengths is None else content_length(lengths)
+        if lengths is not None and self._length is None:
+            raise UpstreamInvalid("the model server's Content-Length is not valid")
         self._status_line = b"HTTP/1.1 %d %b" % (self.status, head.reason.encode("utf-8", "surrogateescape"))
         self._raw_headers = head.raw_headers
         self._dropped = connection_options(headers.getall("connection", ()))

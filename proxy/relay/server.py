@@ -141,6 +141,7 @@ class Downstream(Connection):
                     return request
             return None
         except HeadTooLong as long:
+            head = long.data
             fault = (
                 RequestFault("the request line is longer than proxy.max_head_bytes allows", 414, "head_too_large")
                 if long.in_start_line
@@ -193,7 +194,9 @@ class Downstream(Connection):
         self._unsent_bytes = unsent
         waited = now - self.waiting_since
         patience = self._relay.patience
-        if unsent:
+        if self.busy and self._reading_paused and self.has_left():
+            self.abort()
+        elif unsent:
             if patience.idle_seconds and waited > patience.idle_seconds:
                 self._relay.faults["client_idle"] += 1
                 self.abort()
