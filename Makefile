@@ -5,16 +5,17 @@ BIN    := $(VENV)/bin
 COMPILED := build/compiled
 AZURITE := 3.37.0
 SDKS := $(VENV)/.installed-sdk-1.0.0 $(VENV)/.installed-sdk-0.1.0b4
+CLIENTS := $(VENV)/.installed-clients
 
 .PHONY: run test test-compiled drills check bench bench-shipping wheel docs azurite clean
 
 run: $(VENV)/.installed
 	$(BIN)/payload-logger demo $(ARGS)
 
-test: $(VENV)/.installed-test $(VENV)/.installed-azurite $(SDKS)
+test: $(VENV)/.installed-test $(VENV)/.installed-azurite $(SDKS) $(CLIENTS)
 	$(BIN)/python -m pytest $(ARGS)
 
-test-compiled: $(COMPILED)/.made $(VENV)/.installed-azurite $(SDKS)     # the same tests on the compiled modules, in a copy of the project
+test-compiled: $(COMPILED)/.made $(VENV)/.installed-azurite $(SDKS) $(CLIENTS)     # the same tests on the compiled modules, in a copy of the project
 	cd $(COMPILED) && PYTHONPATH=. EXPECT_COMPILED=1 $(abspath $(BIN))/python -m pytest $(ARGS)
 
 drills: $(VENV)/.installed-test $(VENV)/.installed-azurite     # the drills at their long sizes, for hours; ends with their figures
@@ -40,9 +41,10 @@ azurite: $(VENV)/.installed-azurite   # the emulator of Azure Blob Storage, for 
 wheel: $(VENV)/.installed           # with compiled modules, for this Python and platform; wants a C compiler
 	PAYLOAD_LOGGER_COMPILE=1 $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
-docs: $(VENV)/.installed            # what is generated from the settings
+docs: $(VENV)/.installed            # what is generated from the settings and from the tests' markers
 	$(BIN)/payload-logger schema > config/payload-logger.schema.json
 	$(BIN)/payload-logger schema --markdown > docs/configuration.md
+	$(BIN)/python -m tests.promises
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "payload-logger needs Python 3.11 or later; set PYTHON=/path/to/python3" >&2; exit 1; }
@@ -66,6 +68,12 @@ $(VENV)/.installed-azurite: $(VENV)/.installed-test Makefile     # Node is of a 
 $(VENV)/.installed-sdk-%: tests/custom_logging/requirements-%.txt | $(VENV)/bin/python
 	$(PYTHON) -m venv --clear $(VENV)/sdk-$*
 	$(VENV)/sdk-$*/bin/python -m pip install --quiet --disable-pip-version-check --only-binary :all: -r $<
+	@touch $@
+
+# Servers and clients of others, as users have them: beside ours, their versions would clash with the inference server's.
+$(VENV)/.installed-clients: tests/clients/requirements.txt | $(VENV)/bin/python
+	$(PYTHON) -m venv --clear $(VENV)/clients
+	$(VENV)/clients/bin/python -m pip install --quiet --disable-pip-version-check --only-binary :all: -r $<
 	@touch $@
 
 $(VENV)/.installed-check: $(VENV)/.installed pyproject.toml

@@ -90,7 +90,7 @@ def content_length(values: Iterable[str]) -> int | None:
 
 
 def is_chunked(codings: list[str]) -> bool:
-    """Whether these Transfer-Encoding headers mean chunked, and nothing else does: not with a Kelvin sign, whose lower case is k."""
+    """Whether these Transfer-Encoding headers mean chunked. With a Kelvin sign, whose lower case is k, they do not."""
     return len(codings) == 1 and codings[0].isascii() and codings[0].lower() == "chunked"
 
 

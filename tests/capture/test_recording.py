@@ -150,6 +150,7 @@ CODINGS = [
 ]
 
 
+@pytest.mark.promise("C7a")
 @pytest.mark.parametrize("chunked", [False, True], ids=["sized", "chunked"])
 @pytest.mark.parametrize(("encodings", "packed"), CODINGS)
 async def test_the_copy_is_decoded_the_traffic_is_not(
@@ -188,6 +189,7 @@ def payload(message: bytes) -> bytes:
     return found
 
 
+@pytest.mark.promise("C7a")
 @pytest.mark.parametrize(
     ("packed", "content_type", "data"),
     [
@@ -323,6 +325,7 @@ async def test_the_limit_of_a_line_is_exact(tmp_path: Path, size: int, in_line: 
         assert (event["data"] or "" if in_line else body_file(event).read_text()) == "x" * size
 
 
+@pytest.mark.promise("C11a")
 @pytest.mark.parametrize("chunked", [False, True], ids=["sized", "chunked"])
 @pytest.mark.parametrize("inline_bytes", [MIB, 500, 0])
 @pytest.mark.parametrize(("limit", "kept"), [(1000, 1000), (len(LARGE), len(LARGE))])
@@ -426,6 +429,7 @@ async def abandoned(port: int, sent: bytes, until: asyncio.Event | bytes) -> Non
             await writer.wait_closed()
 
 
+@pytest.mark.promise("E14")
 @pytest.mark.parametrize(
     ("encoding", "part"), [(None, b'{"data": '), ("gzip", gzip.compress(b"{}")[:15])], ids=["plain", "gzip"]
 )
@@ -454,6 +458,7 @@ async def test_a_client_that_leaves_while_it_sends(
         assert (answer["data"], answer["bodybytes"]) == (None, 0)
 
 
+@pytest.mark.promise("E14")
 @pytest.mark.parametrize("large", [False, True], ids=["in the line", "in a file"])
 @pytest.mark.parametrize("chunked", [False, True], ids=["sized", "chunked"])
 async def test_a_client_that_leaves_while_it_receives(tmp_path: Path, chunked: bool, large: bool) -> None:
@@ -478,6 +483,7 @@ async def test_a_client_that_leaves_while_it_receives(tmp_path: Path, chunked: b
         assert answer["contentrange"] == f"bytes 0-{len(piece) - 1}/{'*' if chunked else 9999}"
 
 
+@pytest.mark.promise("C9")
 @pytest.mark.parametrize("chunked", [False, True], ids=["sized", "chunked"])
 async def test_a_model_that_breaks_off_its_answer(tmp_path: Path, chunked: bool) -> None:
     async def model(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -497,6 +503,7 @@ async def test_a_model_that_breaks_off_its_answer(tmp_path: Path, chunked: bool)
         assert answer["contentrange"] == f"bytes 0-5/{'*' if chunked else 100}"
 
 
+@pytest.mark.promise("E15")
 async def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
@@ -505,6 +512,7 @@ async def test_a_model_that_is_not_there(tmp_path: Path) -> None:
             await check_own_answer(p, got, 502)
 
 
+@pytest.mark.promise("E15")
 async def test_a_model_that_says_nothing(tmp_path: Path) -> None:
     async def model(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
         await reader.read(-1)
@@ -539,6 +547,7 @@ async def test_a_request_that_is_not_valid(tmp_path: Path) -> None:
         assert answer["statuscode"] == answer["data"]["error"]["code"] == 400
 
 
+@pytest.mark.promise("D12a")
 async def test_a_model_that_answers_before_it_has_read_the_request(tmp_path: Path) -> None:
     async def model(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"begin")
@@ -580,6 +589,7 @@ async def test_a_stream_of_events_is_one_string(tmp_path: Path, model: str) -> N
         assert answer["durationms"] >= 30
 
 
+@pytest.mark.promise("C8")
 async def test_head_has_no_body(tmp_path: Path) -> None:
     async with proxied(tmp_path, b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\nContent-Length: 5000000\r\n\r\n") as p:
         await send(p, b"", None, method="HEAD")
@@ -589,6 +599,7 @@ async def test_head_has_no_body(tmp_path: Path) -> None:
         assert (answer["datacontenttype"], answer["capturestatus"]) == ("image/png", "complete")
 
 
+@pytest.mark.promise("C10")
 async def test_a_response_that_ends_with_its_connection(tmp_path: Path) -> None:
     async def model(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await read_request(reader)
@@ -696,6 +707,7 @@ async def test_without_extended_fields_there_are_no_headers_and_no_fractions(tmp
             assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", event["time"])
 
 
+@pytest.mark.promise("B6")
 @pytest.mark.parametrize(
     ("target", "path"),
     [
@@ -712,6 +724,7 @@ async def test_the_path_is_as_it_was_sent(tmp_path: Path, target: bytes, path: s
         assert event["path"] == path
 
 
+@pytest.mark.promise("B6")
 @pytest.mark.parametrize("target", [b"/sc\xe9", b"/score?\xff", "/é".encode()])
 async def test_a_path_that_is_no_path_is_refused_before_it_is_an_exchange(tmp_path: Path, target: bytes) -> None:
     """RFC 3986 §2: a URI is ASCII."""

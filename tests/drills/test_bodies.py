@@ -121,6 +121,7 @@ async def drill(proxy: ProxyProcess, storage: Path, sums: Sums, *, at_once: int,
     return growth
 
 
+@pytest.mark.promise("C11")
 @pytest.mark.parametrize(("at_once", "length_mib"), [(1, 256), (8, 32)])
 async def test_large_bodies_take_no_memory_and_stay_whole(
     large_model: ModelServer, sums: Sums, tmp_path: Path, at_once: int, length_mib: int
@@ -132,6 +133,7 @@ async def test_large_bodies_take_no_memory_and_stay_whole(
     assert growth <= GROWTH_BYTES
 
 
+@pytest.mark.promise("C11")
 async def test_the_drill_finds_bodies_that_are_held_in_memory(
     large_model: ModelServer, sums: Sums, tmp_path: Path
 ) -> None:

@@ -234,7 +234,7 @@ async def test_the_model_server_goes_within_its_answer(kind: str, manner: str, t
 # --- as slow as can be ---
 
 
-@pytest.mark.promise("G21")
+@pytest.mark.promise("G21b")
 async def test_slow_heads_and_bodies(tmp_path: Path, figure: Figure) -> None:
     """Each is told 408, and nothing is left of them; who is not slow is served meanwhile."""
     async with scene(tmp_path, proxy__head_timeout="1s", proxy__client_idle_timeout="1s") as s:

@@ -51,6 +51,7 @@ async def test_300_at_once_give_600_lines(patient: PatientModel, tmp_path: Path)
     check_complete(tmp_path / "data", traffic)
 
 
+@pytest.mark.promise("E18")
 async def test_sigterm_lets_what_is_in_flight_finish(patient: PatientModel, tmp_path: Path) -> None:
     traffic, storage = Traffic(), tmp_path / "data"
     async with proxy_process(patient.server.url, storage, proxy__drain_seconds=20) as running:
@@ -72,6 +73,7 @@ async def test_sigterm_lets_what_is_in_flight_finish(patient: PatientModel, tmp_
     check_complete(storage, traffic)
 
 
+@pytest.mark.promise("E18")
 async def test_sigterm_cuts_what_does_not_finish_within_the_grace_and_records_it(
     patient: PatientModel, tmp_path: Path
 ) -> None:
@@ -89,6 +91,7 @@ async def test_sigterm_cuts_what_does_not_finish_within_the_grace_and_records_it
     check_complete(storage, traffic)
 
 
+@pytest.mark.promise("E18")
 async def test_a_second_sigterm_ends_at_once_and_loses_nothing_that_was_seen(
     patient: PatientModel, tmp_path: Path
 ) -> None:
@@ -155,6 +158,7 @@ async def test_two_processes_that_start_at_once_do_not_take_each_other_for_dead(
     check_complete(storage, traffic)
 
 
+@pytest.mark.promise("G21b")
 async def test_no_file_descriptors_left(model: str, tmp_path: Path) -> None:
     """More clients than descriptors: who is let in is served, the dataset is whole, and afterwards all is as before."""
     limit = 64

@@ -361,6 +361,7 @@ async def test_no_secret_in_a_log_or_a_file(variables: dict[str, str], shipping:
 # --- 11: SIGTERM ---
 
 
+@pytest.mark.promise("E18")
 async def test_sigterm_delivers_what_is_in_flight(
     patient: PatientModel, shipping: Shipping, server: BlobServer
 ) -> None:
@@ -381,6 +382,7 @@ async def test_sigterm_delivers_what_is_in_flight(
     assert arrived.lost(shipping.traffic.seen) == arrived.doubled() == set()
 
 
+@pytest.mark.promise("E18")
 @patiently
 async def test_sigterm_with_a_backlog(shipping: Shipping, server: BlobServer, figure: Figure) -> None:
     """The destination is down, or does not answer: exit 0 within the grace; the next process delivers the rest."""

@@ -263,7 +263,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.promise("C9a")
+@pytest.mark.promise("C9")
 @pytest.mark.parametrize("answer", BROKEN.values(), ids=BROKEN)
 @pytest.mark.parametrize("client_version", ["1.0", "1.1"])
 @pytest.mark.parametrize("how", ["close", "reset"])
@@ -291,7 +291,7 @@ async def test_a_broken_answer_is_an_abort(answer: bytes, client_version: str, h
         assert (line["statuscode"], line["capturestatus"]) == (200, "upstreamfailed")
 
 
-@pytest.mark.promise("C9a", "C10")
+@pytest.mark.promise("C9", "C10")
 @pytest.mark.parametrize("client_version", ["1.0", "1.1"])
 async def test_a_reset_is_not_the_end_of_a_body_until_close(client_version: str, tmp_path: Path) -> None:
     """C9, C10: only an orderly close completes such a body."""
@@ -640,7 +640,7 @@ async def test_drain_ends_a_stream_that_began_before_it(tmp_path: Path) -> None:
         assert await draining == 0
 
 
-@pytest.mark.promise("C9a", "E18")
+@pytest.mark.promise("C9", "E18")
 async def test_drain_cuts_what_takes_too_long(tmp_path: Path) -> None:
     """E18, C9: as an abort; recorded as not complete, and the model server is told."""
     gone = asyncio.Event()
@@ -741,7 +741,7 @@ async def test_the_end_of_a_tls_connection_is_prompt(
         assert await asyncio.wait_for(client.rest(), 1) == b""
 
 
-@pytest.mark.promise("C9a")
+@pytest.mark.promise("C9")
 async def test_a_broken_answer_over_tls_is_an_abort(certificate: tuple[Path, Path], tmp_path: Path) -> None:
     """C9."""
     settings = {"proxy__tls_certificate": str(certificate[0]), "proxy__tls_key": str(certificate[1])}

@@ -40,7 +40,7 @@ def code(message: bytes) -> int:
 # --- heads ---
 
 
-@pytest.mark.promise("G21")
+@pytest.mark.promise("G21b")
 @pytest.mark.parametrize("first", [b"", GET], ids=["at first", "behind another"])
 @pytest.mark.parametrize("part", [b"G", GET[:-2], b"\r\n", b"POST /a HTTP/1.1\r\nHost: h\r\nX: " + b"x" * 10_000])
 async def test_a_head_that_does_not_arrive(first: bytes, part: bytes, tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ async def test_a_head_that_does_not_arrive(first: bytes, part: bytes, tmp_path: 
     assert len(script.received) == bool(first)
 
 
-@pytest.mark.promise("G21")
+@pytest.mark.promise("G21b")
 async def test_drops_do_not_prolong_the_wait_for_a_head(tmp_path: Path) -> None:
     async with relayed(Script(), tmp_path, proxy__head_timeout=HEAD) as p, connected(p.port) as client:
 
@@ -143,7 +143,7 @@ async def test_a_model_server_that_speaks_tls_is_told(tmp_path: Path) -> None:
 # --- bodies ---
 
 
-@pytest.mark.promise("G21")
+@pytest.mark.promise("G21b")
 @pytest.mark.parametrize(
     "part",
     [
@@ -177,6 +177,7 @@ async def test_a_body_that_does_not_arrive(part: bytes, tmp_path: Path) -> None:
         assert (line["statuscode"], line["capturestatus"]) == (408, "requestrefused")
 
 
+@pytest.mark.promise("D13a")
 async def test_a_body_that_comes_slowly_is_waited_for(tmp_path: Path) -> None:
     script = Script()
     async with relayed(script, tmp_path, proxy__client_idle_timeout=0.5) as p, connected(p.port) as client:
@@ -190,6 +191,7 @@ async def test_a_body_that_comes_slowly_is_waited_for(tmp_path: Path) -> None:
         assert payload(script.received[0]) == b"x" * 100
 
 
+@pytest.mark.promise("D13a")
 async def test_while_the_model_server_is_at_work_nobody_waits_for_the_client(tmp_path: Path) -> None:
     go_on = asyncio.Event()
 
@@ -246,7 +248,7 @@ async def test_zero_is_no_limit(tmp_path: Path) -> None:
 # --- answers that nobody takes ---
 
 
-@pytest.mark.promise("D13", "G21")
+@pytest.mark.promise("D13", "G21b")
 @pytest.mark.parametrize("framing", [b"Content-Length: %d" % (64 * MIB), b"Transfer-Encoding: chunked"])
 async def test_a_client_that_takes_nothing_of_its_answer(framing: bytes, tmp_path: Path) -> None:
     aborted = asyncio.get_running_loop().create_future()
@@ -271,6 +273,7 @@ async def test_a_client_that_takes_nothing_of_its_answer(framing: bytes, tmp_pat
         assert (line["statuscode"], line["capturestatus"]) == (499, "clientleft")
 
 
+@pytest.mark.promise("D13a")
 async def test_a_client_that_takes_its_answer_slowly_is_waited_for() -> None:
     size = 16 * MIB
     answer = head(b"HTTP/1.1 200 OK", b"Content-Length: %d" % size) + b"x" * size
@@ -302,7 +305,7 @@ async def test_what_is_left_unread_of_a_last_answer_ends_too(tmp_path: Path) -> 
 # --- many connections ---
 
 
-@pytest.mark.promise("G21")
+@pytest.mark.promise("G21b")
 async def test_one_more_takes_the_place_of_the_idlest() -> None:
     async with (
         model_server(Script()) as model,
@@ -337,7 +340,7 @@ async def still_there(client: object) -> bool:
         return False
 
 
-@pytest.mark.promise("G21")
+@pytest.mark.promise("G21b")
 async def test_while_none_is_idle_one_more_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     go_on = asyncio.Event()
 
@@ -377,7 +380,7 @@ async def test_while_none_is_idle_one_more_is_refused(monkeypatch: pytest.Monkey
         await eventually(lambda: len(relay.connections) == 2)
 
 
-@pytest.mark.promise("G21")
+@pytest.mark.promise("G21b")
 async def test_five_hundred_that_dribble_heads_keep_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "SWEEP_SECONDS", 0.02)
     async with (
@@ -398,7 +401,7 @@ async def test_five_hundred_that_dribble_heads_keep_nobody_out(monkeypatch: pyte
         await eventually(lambda: not relay.connections)
 
 
-@pytest.mark.promise("G21")
+@pytest.mark.promise("G21b")
 async def test_thousands_of_idle_connections_cost_little_and_serve_on() -> None:
     async with (
         model_server(Script()) as model,

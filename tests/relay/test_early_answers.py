@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.harness import model_server, proxy
 from tests.relay.wire import OK, Script, connected, head
 
 SIZE = 32 * 1024 * 1024  # more than the kernel and the relay take in together
 
 
+@pytest.mark.promise("D12a", "E17a")
 async def test_a_connection_that_does_not_have_the_whole_request_is_not_used_again(tmp_path: Path) -> None:
     """D12, E17: else the next client's request would be taken for the rest of this one's body."""
     seen: list[bytes] = []
@@ -40,6 +43,7 @@ async def test_a_connection_that_does_not_have_the_whole_request_is_not_used_aga
         assert model.connections == 2
 
 
+@pytest.mark.promise("C11a")
 async def test_a_recorder_that_fails_costs_the_recording_only(tmp_path: Path) -> None:
     """Promise 2: whichever call fails, in the request's head, its body or the response's."""
 

@@ -55,6 +55,7 @@ def single_bytes(data: bytes) -> list[bytes]:
     return [data[at : at + 1] for at in range(len(data))]
 
 
+@pytest.mark.promise("C7", "C10a")
 @quick
 @given(chunks=CHUNKS, trailers=TRAILERS, rest=REST, places=st.lists(st.integers(0, 1000), max_size=6))
 def test_chunks_in_any_pieces_give_the_same_payload_trailers_and_rest(
@@ -72,6 +73,7 @@ def test_chunks_in_any_pieces_give_the_same_payload_trailers_and_rest(
     assert decoded(ChunkedBody(), cut(message, places)) == expected
 
 
+@pytest.mark.promise("C7")
 def test_a_chunked_body_may_be_cut_at_every_two_places() -> None:
     """C7: exhaustively, for a body that has everything."""
     message = b"5;a=b\r\nhel\r\n\r\n00A \t; x\r\n0\r\n\r\n5\r\n12\r\n0\r\nA: b\r\nX-Sum:\x80\r\n\r\nrest"
@@ -81,6 +83,7 @@ def test_a_chunked_body_may_be_cut_at_every_two_places() -> None:
             assert decoded(ChunkedBody(), cut(message, [first, second])) == expected
 
 
+@pytest.mark.promise("C7", "C9a")
 @quick
 @given(payload=st.binary(max_size=60), rest=st.binary(max_size=20), places=st.lists(st.integers(0, 100), max_size=5))
 def test_a_length_in_any_pieces_gives_the_same_payload_and_rest(payload: bytes, rest: bytes, places: list[int]) -> None:
@@ -92,6 +95,7 @@ def test_a_length_in_any_pieces_gives_the_same_payload_and_rest(payload: bytes, 
     assert decoded(LengthBody(len(payload)), cut(message, places)) == expected
 
 
+@pytest.mark.promise("C9")
 @pytest.mark.parametrize("length", [1, 5, 2**40])
 def test_a_body_that_is_shorter_than_its_length_is_not_done(length: int) -> None:
     """C9."""
@@ -100,6 +104,7 @@ def test_a_body_that_is_shorter_than_its_length_is_not_done(length: int) -> None
     assert not body.done
 
 
+@pytest.mark.promise("C10")
 def test_a_body_until_close_takes_everything_and_has_no_end_of_its_own() -> None:
     """C10."""
     body = CloseBody()
@@ -107,6 +112,7 @@ def test_a_body_until_close_takes_everything_and_has_no_end_of_its_own() -> None
     assert (body.done, body.rest, body.trailers) == (False, b"", ())
 
 
+@pytest.mark.promise("C9")
 @pytest.mark.parametrize("end", range(1, len(b"4\r\nping\r\n0\r\nA: b\r\n\r\n")))
 def test_a_chunked_body_without_its_end_is_not_done(end: int) -> None:
     """C9: nothing but the empty line behind the last chunk ends it."""
@@ -156,6 +162,7 @@ MALFORMED = {
 }
 
 
+@pytest.mark.promise("A4a", "G21a")
 @pytest.mark.parametrize("message", MALFORMED.values(), ids=MALFORMED)
 def test_malformed_chunks_are_refused(message: bytes) -> None:
     """G21: whole, byte by byte, and cut in two anywhere."""
@@ -167,6 +174,7 @@ def test_malformed_chunks_are_refused(message: bytes) -> None:
             decoded(ChunkedBody(), cut(message, [place]))
 
 
+@pytest.mark.promise("G21a")
 @pytest.mark.parametrize(
     "message",
     [
@@ -184,6 +192,7 @@ def test_lines_of_the_longest_length_are_taken_in_any_pieces(message: bytes) -> 
 SCRAPS = st.lists(st.sampled_from([b"0", b"5", b"a", b";", b"\r\n", b"\n", b"\r", b":", b" ", b"hello", b"\x00"]))
 
 
+@pytest.mark.promise("G21a")
 @quick
 @given(scraps=SCRAPS)
 def test_no_input_is_taken_differently_byte_by_byte(scraps: list[bytes]) -> None:
@@ -199,6 +208,7 @@ def test_no_input_is_taken_differently_byte_by_byte(scraps: list[bytes]) -> None
     assert outcome([message] if message else []) == outcome(single_bytes(message))
 
 
+@pytest.mark.promise("C7")
 def test_what_is_written_can_be_read() -> None:
     """C7."""
     data = bytes(range(256)) * 3

@@ -69,6 +69,7 @@ NAMES = st.text("!#$%&'*+-.^_`|~0123456789ABCXYZabcxyz", min_size=1, max_size=8)
 VALUES = st.binary(max_size=20).map(lambda raw: bytes(b for b in raw if b >= 0x20 and b != 0x7F).strip())
 
 
+@pytest.mark.promise("A3", "A3a", "A4")
 @settings(database=None, deadline=None)
 @given(headers=st.lists(st.tuples(NAMES, VALUES)))
 def test_end_to_end_headers_keep_number_order_case_and_bytes(headers: Headers) -> None:
@@ -78,6 +79,7 @@ def test_end_to_end_headers_keep_number_order_case_and_bytes(headers: Headers) -
     assert response(headers) == expected
 
 
+@pytest.mark.promise("A1")
 @pytest.mark.parametrize("name", sorted(HOP_BY_HOP))
 def test_hop_by_hop_headers_are_stripped(name: bytes) -> None:
     """A1."""
@@ -86,6 +88,7 @@ def test_hop_by_hop_headers_are_stripped(name: bytes) -> None:
         assert response([(spelling, b"x")]) == []
 
 
+@pytest.mark.promise("A1")
 def test_headers_that_connection_names_are_stripped() -> None:
     """A1: in any case, from every Connection header, and wherever they stand."""
     headers = [(b"X-One", b"1"), (b"Connection", b"x-one , X-TWO,,"), (b"connection", b"x-Three"), (b"X-Two", b"2")]
@@ -95,6 +98,7 @@ def test_headers_that_connection_names_are_stripped() -> None:
     assert response(headers) == [b"X-Four: 4"]
 
 
+@pytest.mark.promise("A1b")
 @pytest.mark.parametrize("name", [b"Content-Length", b"Host", b"x-request-id", b"Content-Type", b"Content-Encoding"])
 def test_connection_can_not_name_what_frames_or_routes(name: bytes) -> None:
     """A1: else a client could desynchronise the model server."""
@@ -104,12 +108,14 @@ def test_connection_can_not_name_what_frames_or_routes(name: bytes) -> None:
     assert response(headers) == [name + b": 5"]
 
 
+@pytest.mark.promise("A1a")
 def test_te_trailers_alone_is_passed_on() -> None:
     """A1: with the Connection option that it needs on the next hop."""
     headers = [(b"Host", b"h"), (b"TE", b"gzip, trailers"), (b"Connection", b"TE")]
     assert request(headers, te_trailers=True) == [b"Host: h", b"TE: trailers", b"Connection: TE"]
 
 
+@pytest.mark.promise("C10a")
 def test_trailer_is_kept_where_trailers_can_follow() -> None:
     """C10."""
     headers = [(b"Host", b"h"), (b"Trailer", b"X-Sum")]
@@ -122,6 +128,7 @@ def test_trailer_is_kept_where_trailers_can_follow() -> None:
 CLIENT_SENT = [(b"x-forwarded-for", b"1.1.1.1"), (b"X-Forwarded-For", b"2.2.2.2"), (b"X-Forwarded-Proto", b"https")]
 
 
+@pytest.mark.promise("A2")
 @pytest.mark.parametrize(
     ("mode", "headers", "expected"),
     [
@@ -151,6 +158,7 @@ def test_forwarded_headers(mode: str, headers: Headers, expected: list[bytes]) -
     assert request([(b"Host", b"h"), *headers], forwarding=forwarding) == [b"Host: h", *expected]
 
 
+@pytest.mark.promise("A2")
 def test_forwarded_headers_without_an_address() -> None:
     """A2: a client over a unix socket has none."""
     forwarding = Forwarding(ForwardedHeaders.APPEND, None, b"https")
@@ -161,6 +169,7 @@ def test_forwarded_headers_without_an_address() -> None:
     ]
 
 
+@pytest.mark.promise("A2a")
 def test_host_is_kept_set_or_added() -> None:
     """A2: rewriting keeps its place; HTTP/1.0 may have none."""
     headers = [(b"A", b"1"), (b"hOsT", b"h"), (b"B", b"2")]
@@ -170,6 +179,7 @@ def test_host_is_kept_set_or_added() -> None:
     assert request([], set_host=b"other") == [b"Host: other"]
 
 
+@pytest.mark.promise("A3a")
 def test_the_request_id_is_kept_or_replaced() -> None:
     """A3: one published exception, both ways."""
     headers = [(b"Host", b"h"), (b"X-Request-ID", b"mine")]
@@ -179,6 +189,7 @@ def test_the_request_id_is_kept_or_replaced() -> None:
     assert response([(b"X-Request-Id", b"theirs")], request_id=b"id-1") == [b"X-Request-Id: theirs"]
 
 
+@pytest.mark.promise("A4a")
 @pytest.mark.parametrize(
     ("value", "valid"),
     [
@@ -201,6 +212,7 @@ def test_valid_request_id(value: bytes | None, valid: bool) -> None:
     assert valid_request_id(value) is valid
 
 
+@pytest.mark.promise("B6", "B6a", "B6b")
 @pytest.mark.parametrize(
     ("target", "base", "expected"),
     [
@@ -223,6 +235,7 @@ def test_origin_form(target: bytes, base: bytes, expected: tuple[bytes, bytes | 
     assert origin_form(target, base) == expected
 
 
+@pytest.mark.promise("A4", "A4a", "G22")
 @pytest.mark.parametrize(
     ("head", "clean"),
     [
@@ -243,6 +256,7 @@ def test_is_clean(head: bytes, clean: bool) -> None:
     assert is_clean(head) is clean
 
 
+@pytest.mark.promise("C10a")
 def test_trailers_that_would_act_as_headers_are_not_passed_on() -> None:
     """C10: RFC 9110 §6.5.1."""
     kept = (b"X-Sum: 1", b"Server-Timing: a", b"x-sum:2")

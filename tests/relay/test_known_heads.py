@@ -7,6 +7,8 @@ import random
 import re
 from pathlib import Path
 
+import pytest
+
 from tests.harness import model_server, proxy
 from tests.relay.wire import OK, Script, connected, head, header, payload
 
@@ -37,6 +39,7 @@ ANSWERS = [
 OUR_ID = re.compile(rb"x-request-id: [0-9a-f-]{36}(?=\r\n)")
 
 
+@pytest.mark.promise("A1", "A3", "A3a")
 async def test_any_order_of_heads_is_treated_like_each_by_itself(tmp_path: Path) -> None:
     """A1–A5 hold for what is remembered: 400 exchanges over one connection each way, against fresh ones."""
     choice = random.Random(3).choice
@@ -74,6 +77,7 @@ def our_ids(message: bytes) -> set[bytes]:
     return {line.removeprefix(b"x-request-id: ") for line in OUR_ID.findall(message)}
 
 
+@pytest.mark.promise("C10")
 async def test_one_answer_serves_clients_of_both_versions(tmp_path: Path) -> None:
     """C10: the same head from the model server is written anew for another kind of client."""
     chunked = ANSWERS[5]
@@ -95,6 +99,7 @@ async def test_one_answer_serves_clients_of_both_versions(tmp_path: Path) -> Non
         assert model.connections == 1
 
 
+@pytest.mark.promise("B6")
 async def test_a_head_is_known_by_every_byte_in_any_pieces(tmp_path: Path) -> None:
     one, other = (head(b"GET /%b HTTP/1.1" % name, b"Host: h") for name in (b"same", b"some"))
     script = Script(OK)

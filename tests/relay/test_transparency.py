@@ -443,7 +443,7 @@ async def test_a_wrong_body_that_comes_late_is_not_the_next_answer(
     assert second.is_set()
 
 
-@pytest.mark.promise("C9", "E17a")
+@pytest.mark.promise("C9a", "E17a")
 async def test_an_upstream_longer_than_its_length_is_cut(tmp_path: Path) -> None:
     """C9, E17: and its connection not used again."""
     script = Script(OK + b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil", OK)

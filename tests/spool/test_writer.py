@@ -396,6 +396,7 @@ async def test_what_waits_when_a_disk_that_hangs_is_left_was_not_written(tmp_pat
 # --- the end ---
 
 
+@pytest.mark.promise("E18")
 async def test_close_writes_what_waits(tmp_path: Path) -> None:
     async with spool(tmp_path, memory_bytes=16 * MIB) as s:
         for number in range(500):
