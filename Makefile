@@ -19,7 +19,7 @@ test-compiled: $(COMPILED)/.made $(VENV)/.installed-azurite $(SDKS) $(CLIENTS)  
 	cd $(COMPILED) && PYTHONPATH=. EXPECT_COMPILED=1 $(abspath $(BIN))/python -m pytest $(ARGS)
 
 drills: $(VENV)/.installed-test $(VENV)/.installed-azurite     # the drills at their long sizes, for hours; ends with their figures
-	DRILLS=long $(BIN)/python -m pytest tests/drills $(ARGS)
+	DRILLS=long $(BIN)/python -m pytest tests/drills tests/fuzz $(ARGS)
 
 check: $(VENV)/.installed-test $(VENV)/.installed-check
 	$(BIN)/ruff check .

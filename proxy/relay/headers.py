@@ -78,7 +78,8 @@ def connection_options(values: Iterable[str]) -> frozenset[bytes]:
 
 def is_last(connection: Iterable[str], *, http10: bool) -> bool:
     """Whether a message with these Connection headers is the last one on its connection (RFC 9112 §9.3)."""
-    options = {option.strip(" \t").lower() for value in connection for option in value.split(",")}
+    # ASCII: there is another letter, the Kelvin sign, whose lower case is k.
+    options = {option.strip(" \t").lower() for value in connection if value.isascii() for option in value.split(",")}
     return "close" in options or (http10 and "keep-alive" not in options)
 
 
