@@ -232,7 +232,8 @@ class Connection:
         if self.transport is None:
             return
         if self.transport.can_write_eof():
-            self.transport.write_eof()
+            with contextlib.suppress(OSError):  # the peer has closed already
+                self.transport.write_eof()
         else:
             self.transport.close()
 

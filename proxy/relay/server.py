@@ -175,7 +175,7 @@ class Downstream(Connection):
         await self.drain()
         if self.transport is None or self.transport.is_closing() or not self.transport.can_write_eof():
             return  # TLS: to close it says goodbye, waits for the peer to do so too, and reads on until then
-        self.transport.write_eof()
+        self.write_eof()
         left = LINGER_BYTES
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LINGER_SECONDS):
