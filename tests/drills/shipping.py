@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import itertools
 import json
+import os
 import re
 import signal
 import zlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -127,8 +129,14 @@ class Shipping:
         assert not self.traffic.cut
 
     def spooled(self, pattern: str = "*") -> list[Path]:
-        """What is yet to be shipped, or removed."""
-        return [path for path in self.spool.glob(f"http*/**/{pattern}") if path.is_file()]
+        """What is yet to be shipped, or removed. Folders that are removed meanwhile are empty."""
+        found = (
+            Path(folder, name)
+            for root in self.spool.glob("http*")
+            for folder, _, names in os.walk(root)
+            for name in names
+        )
+        return [path for path in found if fnmatch(path.name, pattern) and path.exists()]
 
     def kept_bytes(self) -> int:
         return sum(path.stat().st_size for path in self.kept.iterdir())
