@@ -101,6 +101,7 @@ async def test_a_full_disk(model: str, small_disk: Path, caplog: pytest.LogCaptu
         async with asyncio.timeout(5):
             while f"Recording goes on; {account.discarded['write_failed']} events were discarded" not in caplog.text:
                 await load.send(1, connections=1)
+                await asyncio.sleep(0.02)  # or a fast machine fills the disk again before it counts as mended
     print(f"full disk: resumed after {took:.2f} s; {account}")
     assert took <= RESUMES_SECONDS
     assert caplog.text.count("Recording stopped: No space left on device") in (1, 2)
