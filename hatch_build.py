@@ -33,6 +33,7 @@ COMPILED = (
     "relay/request.py",
     "relay/response.py",
     "relay/server.py",
+    "relay/traffic.py",
     "relay/tunnel.py",
     "relay/upstream.py",
     "spool/writer.py",

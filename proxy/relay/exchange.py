@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from http import HTTPStatus
+from time import perf_counter
 from typing import TYPE_CHECKING
 
 import orjson
@@ -34,6 +35,7 @@ class Exchange:
     """Carries one request to the model server and its response back. ``run`` is called once."""
 
     __slots__ = (
+        "_began",
         "_body",
         "_client",
         "_keep_alive",
@@ -43,12 +45,14 @@ class Exchange:
         "_request_id",
         "_request_passed",
         "_response_begun",
+        "_sent",
         "_upload",
         "_upstream",
         "_witness",
     )
 
     def __init__(self, relay: Relay, client: Downstream, request: Request) -> None:
+        self._began = self._sent = perf_counter()
         self._relay = relay
         self._client = client
         self._request = request
@@ -142,15 +146,16 @@ class Exchange:
         replayable = self._body.done and len(first) <= _REPLAYABLE_BYTES
         pooled = pool.take()
         self._upstream = upstream = pooled or await pool.connect()
-        sent_at = self._relay.loop.time()
+        self._sent = perf_counter()
         self._write_request(upstream, first)
         try:
             return upstream, await self._response(upstream)
         except UpstreamLost:
-            late = self._relay.loop.time() - sent_at > STALE_SECONDS
+            late = perf_counter() - self._sent > STALE_SECONDS
             if pooled is None or pooled.answering or late or not replayable:
                 raise
         self._upstream = upstream = await pool.connect()
+        self._sent = perf_counter()
         self._write_request(upstream, first)
         return upstream, await self._response(upstream)
 
@@ -183,6 +188,7 @@ class Exchange:
         while True:
             response = await upstream.receive_response()
             if response.status >= 200:
+                self._relay.traffic.upstream.observe(perf_counter() - self._sent)
                 return response
             if response.status == HTTPStatus.SWITCHING_PROTOCOLS:
                 if response.switches_to(self._request.upgrade):
@@ -195,6 +201,8 @@ class Exchange:
     async def _answer(self, upstream: UpstreamConnection, response: Response) -> None:
         """Passes the answer on, piece by piece as it comes, and its end when it is recorded."""
         client = self._client
+        traffic = self._relay.traffic
+        traffic.classes[response.status // 100] += 1
         self._relay.upstream_answered()
         body = response.body(self._request.method)
         until_close = isinstance(body, CloseBody)
@@ -226,7 +234,9 @@ class Exchange:
                 client.write(ready)
                 ready = b""
 
+        ended = perf_counter()
         await self._hold(Ending.COMPLETE)
+        traffic.added.observe(self._sent - self._began + perf_counter() - ended)
         self._response_begun = True
         client.write(ready + last_chunk(allowed_trailers(body.trailers)) if chunked else ready)
         self._release(upstream, response, body)
@@ -274,6 +284,7 @@ class Exchange:
     async def _switch(self, upstream: UpstreamConnection, response: Response) -> None:
         """Both sides change the protocol: what follows is passed on as it comes, and not recorded."""
         client = self._client
+        self._relay.traffic.classes[1] += 1
         self._relay.upstream_answered()
         self._keep_alive = False
         self._witness.response_head(response.status, response.headers, True)

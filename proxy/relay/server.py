@@ -20,6 +20,7 @@ from proxy.relay.headers import Forwarding
 from proxy.relay.parsing import Limits, RequestParser
 from proxy.relay.recording import Recorder
 from proxy.relay.request import Request, Route
+from proxy.relay.traffic import Traffic
 from proxy.relay.upstream import Pool
 from proxy.settings import ForwardedHeaders
 
@@ -259,6 +260,7 @@ class Relay:
         self.connections: set[Downstream] = set()
         self.draining = False
         self.patience = patience
+        self.traffic = Traffic()
         self.faults: Counter[str] = Counter()  # by their reasons
         self.defects = 0
         self._max_connections = max_connections
