@@ -5,18 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import errno
 import gc
 import logging
 import os
 import resource
+import socket
 import ssl
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, MutableSequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from proxy import listeners
 from proxy.capture.recorder import PayloadRecorder
 from proxy.ledger import Ledger
+from proxy.loop_delay import LoopDelay
 from proxy.places import measured_roots, places, spool_path
 from proxy.relay.parsing import Limits, require_c_parser
 from proxy.relay.server import Patience, Relay
@@ -31,6 +37,9 @@ from proxy.spool.budget import Budget
 from proxy.spool.files import Files, LineFile, make_folders
 from proxy.spool.layout import Place, new_process_id
 from proxy.spool.writer import Spool
+
+if TYPE_CHECKING:
+    from proxy.custom_logging.endpoint import FrameEndpoint
 
 logger = logging.getLogger("payload_logger")
 
@@ -53,31 +62,54 @@ class StartError(Exception):
     """It can't start: the message says what is wrong and names the setting."""
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What the processes of one proxy have in common."""
+
+    worker: int  # the number of this one, from 0
+    sockets: Mapping[str, list[socket.socket]]  # bound, by the key of their setting: proxy.listen
+    spent: MutableSequence[int]  # bytes on disk, see Budget
+
+
 class App:
     """A running proxy: ``address`` is where it listens, ``ledger`` what it has recorded, ``places`` where to.
 
     ``custom_logging_address`` is where it listens for the SDK, if it does.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        relay: Relay,
-        ledger: Ledger,
-        places: Mapping[str, Place],
-        address: str,
-        custom_logging_address: str | None,
-    ) -> None:
+    def __init__(self, settings: Settings, relay: Relay, recording: _Recording, loop_delay: LoopDelay) -> None:
         self.settings = settings
         self.relay = relay
-        self.ledger = ledger
-        self.places = places
-        self.address = address
-        self.custom_logging_address = custom_logging_address
+        self.ledger = recording.ledger
+        self.budget = recording.budget
+        self.spool = recording.spool
+        self.shipper = recording.shipper
+        self.places: Mapping[str, Place] = recording.places
+        self.loop_delay = loop_delay
+        self.address = ""
+        self.custom_logging_address: str | None = None
+        self.stop_now = asyncio.Event()  # set: exchanges in flight are cut, and nothing more is shipped
+        self.tls: ssl.SSLContext | None = None
+        self.frames: FrameEndpoint | None = None
+        self._recording = recording
+
+    async def apply(self, settings: Settings) -> None:
+        """Goes on with other settings, of those that can be changed (``proxy.reload``).
+
+        Raises StartError, and records as before then.
+        """
+        if self.tls is not None:
+            _load_certificate(self.tls, settings)
+        await self._recording.extend(settings)
+        if self.frames is not None:
+            _write_sdk_config(settings)
+            self.frames.enable(settings)
+        self.relay.recorder = PayloadRecorder(settings, self.spool)
+        self.settings = settings
 
 
 @contextlib.asynccontextmanager
-async def running(settings: Settings) -> AsyncIterator[App]:
+async def running(settings: Settings, shared: Shared | None = None) -> AsyncIterator[App]:
     """The proxy, for as long as the block runs. Raises StartError; nothing is left behind then."""
     require_c_parser()
     sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
@@ -85,17 +117,10 @@ async def running(settings: Settings) -> AsyncIterator[App]:
     _allow_files(settings.proxy.max_connections)
     loop = asyncio.get_running_loop()
     async with contextlib.AsyncExitStack() as stack:
-        ledger = Ledger()
-        budget = Budget(measured_roots(settings), settings.spool.max_bytes)
-        stack.callback(budget.stop)
-        recording = _Recording(settings, ledger, budget, loop)
+        recording = _Recording(settings, loop, shared)
+        stack.callback(recording.budget.stop)
         await recording.start()
         stack.push_async_callback(recording.close)
-
-        custom_logging_address = None
-        if settings.sdk_endpoint is not None:
-            # Stopped after the traffic: a scoring script sends its last frames when it has answered.
-            custom_logging_address = await _serve_sdk(settings, settings.sdk_endpoint, recording.spool, stack)
 
         limits = Limits(settings.proxy.max_head_bytes, settings.proxy.max_headers)
         relay = Relay(
@@ -110,17 +135,25 @@ async def running(settings: Settings) -> AsyncIterator[App]:
             forwarded_headers=settings.proxy.forwarded_headers,
             rewrite_host=settings.proxy.host_header is HostHeader.UPSTREAM,
         )
+        app = App(settings, relay, recording, LoopDelay(loop))
+        if settings.sdk_endpoint is not None:
+            # Stopped after the traffic: a scoring script sends its last frames when it has answered.
+            await _serve_sdk(app, settings.sdk_endpoint, stack, shared)
         stack.push_async_callback(relay.close)
-        address = await _listen(settings, relay)
+        await _serve_traffic(app, shared)
+        app.loop_delay.start()
+        stack.callback(app.loop_delay.stop)
 
         gc.collect()
         gc.freeze()  # what is there by now stays: no need to look at it again and again
         stack.callback(gc.unfreeze)
-        yield App(settings, relay, ledger, recording.places, address, custom_logging_address)
+        yield app
 
         recording.ends_at = loop.time() + settings.proxy.drain_seconds
-        cut = await relay.drain(settings.proxy.drain_seconds)
-        if cut:
+        cut = await relay.drain(settings.proxy.drain_seconds, app.stop_now)
+        if app.stop_now.is_set():
+            recording.ends_at = 0.0
+        elif cut:
             logger.warning("%d exchanges had not finished after %g s and were cut.", cut, settings.proxy.drain_seconds)
 
 
@@ -145,30 +178,34 @@ def _allow_files(connections: int) -> None:
 class _Recording:
     """The spool, and the shipper behind it if anything goes further than the local disk."""
 
-    def __init__(self, settings: Settings, ledger: Ledger, budget: Budget, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, settings: Settings, loop: asyncio.AbstractEventLoop, shared: Shared | None) -> None:
         self._settings = settings
-        self._ledger = ledger
-        self._budget = budget
         self._loop = loop
-        self.ends_at = loop.time()  # until when shipping may go on when the proxy stops
+        self.ledger = Ledger()
+        self.budget = Budget(
+            measured_roots(settings),
+            settings.spool.max_bytes,
+            *(() if shared is None else (shared.spent, shared.worker)),
+        )
+        self._registers = shared is None or shared.worker == 0  # of several processes one will do
+        self.ends_at = loop.time()  # until when shipping may go on when the proxy stops; 0: it ends at once
         self.places = places(settings)
         process_id = new_process_id()
-        self._shipper = self._new_shipper(process_id) if any(place.remote for place in self.places.values()) else None
+        self.shipper = self._new_shipper(process_id) if any(place.remote for place in self.places.values()) else None
         self._process_id = process_id
 
     async def start(self) -> None:
         """Raises StartError."""
         folder = spool_path(self._settings)
         try:
-            for path in (folder, *(place.root for place in self.places.values())):
-                make_folders(path, sync=self._settings.spool.durability is Durability.SYNCED)
+            self._make_folders(folder, *(place.root for place in self.places.values()))
             recovered = await asyncio.to_thread(recovery.recover, folder)
             journal = recovery.Journal(folder, self._process_id)
         except OSError as error:
-            key = "spool.path" if self._shipper is not None else "storage.url"
+            key = "spool.path" if self.shipper is not None else "storage.url"
             raise StartError(f"{key}: can't write to {error.filename or folder}: {error.strerror}") from error
         if recovered.processes:
-            self._ledger.recover(torn=recovered.torn, orphans=recovered.orphans)
+            self.ledger.recover(torn=recovered.torn, orphans=recovered.orphans)
             logger.warning(
                 "Put in order what %d ended process(es) left: %d torn lines cut off, %d unfinished bodies removed.",
                 recovered.processes,
@@ -176,20 +213,40 @@ class _Recording:
                 recovered.orphans,
             )
         self.spool = self._new_spool(journal)
-        self._budget.start()
+        self.budget.start()
         self.spool.start()
-        if self._shipper is not None:
-            self._shipper.start()
+        if self.shipper is not None:
+            self.shipper.start()
 
     async def close(self) -> None:
         await self.spool.close()
-        if self._shipper is not None:
-            await self._shipper.finish(max(LEAST_SHIPPING_SECONDS, self.ends_at - self._loop.time()))
+        if self.shipper is not None:
+            left = max(LEAST_SHIPPING_SECONDS, self.ends_at - self._loop.time()) if self.ends_at else 0.0
+            await self.shipper.finish(left)
+
+    async def extend(self, settings: Settings) -> None:
+        """Has a place for each collection that ``settings`` have enabled. Raises StartError."""
+        new = {name: place for name, place in places(settings).items() if name not in self.places}
+        for name, place in new.items():
+            if place.remote and self.shipper is None:
+                raise StartError(f"data_collector.collections.{name}: nothing was shipped so far; that needs a restart")
+        try:
+            await asyncio.to_thread(self._make_folders, *(place.root for place in new.values()))
+        except OSError as error:
+            raise StartError(f"can't write to {error.filename}: {error.strerror}") from error
+        for name, place in new.items():
+            if self.shipper is not None and place.remote:
+                self.shipper.add_root(place.root_url, settings.data_collector.collections[name].client_id)
+            self.places[name] = place
+
+    def _make_folders(self, *paths: Path) -> None:
+        for path in paths:
+            make_folders(path, sync=self._settings.spool.durability is Durability.SYNCED)
 
     def _new_spool(self, journal: recovery.Journal) -> Spool:
         spool = self._settings.spool
         roll_bytes = spool.roll_bytes
-        if self._shipper is not None and spool.max_bytes:
+        if self.shipper is not None and spool.max_bytes:
             roll_bytes = min(roll_bytes, max(64 * 1024, spool.max_bytes // FILES_IN_BUDGET))
         files = Files(
             self.places,
@@ -198,13 +255,13 @@ class _Recording:
             sync=spool.durability is Durability.SYNCED,
             process_id=self._process_id,
             journal=journal,
-            budget=self._budget,
-            ledger=self._ledger,
-            opened=self._shipper.track if self._shipper is not None else None,
+            budget=self.budget,
+            ledger=self.ledger,
+            opened=self.shipper.track if self.shipper is not None else None,
         )
         return Spool(
             files,
-            self._ledger,
+            self.ledger,
             self._loop,
             durability=spool.durability,
             when_full=spool.when_full,
@@ -228,8 +285,8 @@ class _Recording:
             open_store=azure.store,
             close=azure.close,
             retire=self._retire,
-            ledger=self._ledger,
-            budget=self._budget,
+            ledger=self.ledger,
+            budget=self.budget,
             interval_seconds=settings.storage.ship_interval,
             chores=[
                 *(
@@ -237,7 +294,11 @@ class _Recording:
                     for url, name in urls.items()
                     if url.startswith("azureml:")
                 ),
-                *(partial(_register, azure, asset, client_ids.get(asset.data_uri)) for asset in wanted),
+                *(
+                    partial(_register, azure, asset, client_ids.get(asset.data_uri))
+                    for asset in wanted
+                    if self._registers
+                ),
             ],
         )
 
@@ -247,26 +308,29 @@ class _Recording:
             self._loop.call_soon_threadsafe(self.spool.retire, file)
 
 
-async def _serve_sdk(settings: Settings, options: CustomLogging, spool: Spool, stack: contextlib.AsyncExitStack) -> str:
-    """Where the SDK's endpoint listens. Raises StartError."""
-    from proxy.custom_logging import sdk  # with aiohttp's server: only where it is wanted
-    from proxy.custom_logging.endpoint import FrameEndpoint
+async def _serve_sdk(app: App, options: CustomLogging, stack: contextlib.AsyncExitStack, shared: Shared | None) -> None:
+    """Listens for the SDK. Raises StartError."""
+    from proxy.custom_logging.endpoint import FrameEndpoint  # with aiohttp's server: only where it is wanted
 
-    if options.sdk_config_path is not None:
+    _write_sdk_config(app.settings)
+    app.frames = FrameEndpoint(app.settings, options, app.spool)
+    stack.push_async_callback(app.frames.close)
+    with _listening("custom_logging.listen", options.listen):
+        app.custom_logging_address = await app.frames.serve(_sockets("custom_logging.listen", options.listen, shared))
+
+
+def _write_sdk_config(settings: Settings) -> None:
+    """Raises StartError."""
+    from proxy.custom_logging import sdk
+
+    options = settings.sdk_endpoint
+    if options is not None and options.sdk_config_path is not None:
         try:
             sdk.write(settings, Path(options.sdk_config_path))
         except OSError as error:
             raise StartError(
                 f"custom_logging.sdk_config_path: can't write {options.sdk_config_path}: {error.strerror}"
             ) from error
-    endpoint = FrameEndpoint(settings, options, spool)
-    stack.push_async_callback(endpoint.close)
-    try:
-        return await endpoint.listen()
-    except OSError as error:
-        raise StartError(
-            f"custom_logging.listen: can't listen on {options.listen}: {_listen_reason(error, '')}"
-        ) from error
 
 
 async def _learn_urls(azure: Azure, place: Place, client_id: str | None) -> None:
@@ -303,27 +367,36 @@ def _pool(settings: Settings, loop: asyncio.AbstractEventLoop, limits: Limits) -
     )
 
 
-async def _listen(settings: Settings, relay: Relay) -> str:
-    proxy = settings.proxy
-    tls = None
+async def _serve_traffic(app: App, shared: Shared | None) -> None:
+    """Raises StartError."""
+    proxy = app.settings.proxy
     if proxy.tls_certificate is not None and proxy.tls_key is not None:
-        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        try:
-            tls.load_cert_chain(proxy.tls_certificate, proxy.tls_key)
-        except (OSError, ssl.SSLError) as error:
-            raise StartError(
-                f"proxy.tls_certificate, proxy.tls_key: not a PEM certificate and its key: {error}"
-            ) from error
+        app.tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        _load_certificate(app.tls, app.settings)
+    with _listening("proxy.listen", proxy.listen, " (--listen HOST:PORT)"):
+        app.address = await app.relay.serve(_sockets("proxy.listen", proxy.listen, shared), app.tls)
+
+
+def _load_certificate(tls: ssl.SSLContext, settings: Settings) -> None:
+    """For the handshakes from now on. Raises StartError."""
     try:
-        return await relay.listen(proxy.listen, tls)
+        tls.load_cert_chain(settings.proxy.tls_certificate or "", settings.proxy.tls_key)
+    except (OSError, ssl.SSLError) as error:
+        raise StartError(f"proxy.tls_certificate, proxy.tls_key: not a PEM certificate and its key: {error}") from error
+
+
+def _sockets(key: str, address: str, shared: Shared | None) -> list[socket.socket]:
+    """Raises OSError."""
+    return listeners.open_listeners(address) if shared is None else list(shared.sockets[key])
+
+
+@contextlib.contextmanager
+def _listening(key: str, address: str, option: str = "") -> Iterator[None]:
+    """Tells in the words of the settings why it can't listen."""
+    try:
+        yield
     except OSError as error:
-        raise StartError(
-            f"proxy.listen: can't listen on {proxy.listen}: {_listen_reason(error, ' (--listen HOST:PORT)')}"
-        ) from error
-
-
-def _listen_reason(error: OSError, option: str) -> str:
-    reason = (error.strerror or str(error)).rpartition(": ")[2]  # asyncio repeats the address before it
-    if "address already in use" in str(error).lower():
-        return f"the address is in use by another process; choose another one{option}"
-    return reason
+        reason = error.strerror or str(error)
+        if error.errno == errno.EADDRINUSE:
+            reason = f"the address is in use by another process; choose another one{option}"
+        raise StartError(f"{key}: can't listen on {address}: {reason}") from error

@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 from collections.abc import Mapping
 from operator import itemgetter
 from time import monotonic, time
-from typing import Any
 
 from aiohttp import web
 
+from proxy import listeners
 from proxy.capture.payload import Kind, claim
 from proxy.custom_logging import rows
 from proxy.custom_logging.frame import TYPE_PREFIX, Frame, collection
@@ -50,10 +51,9 @@ class RefusedError(Exception):
 
 
 class FrameEndpoint:
-    """Use: ``await listen()``, ``await close()``, both on the spool's loop."""
+    """Use: ``await serve(sockets)``, ``await close()``, both on the spool's loop."""
 
     def __init__(self, settings: Settings, options: CustomLogging, spool: Spool) -> None:
-        self._listen_address = options.listen
         self._arriving = Memory(settings.capture.memory_bytes // 2)  # what arrives takes nothing of the traffic's
         self._max_body_bytes, self._limit = min(  # a frame is in memory as a whole
             (options.max_body_bytes, "custom_logging.max_body_bytes allows"),
@@ -62,11 +62,7 @@ class FrameEndpoint:
         )
         self._spool = spool
         self._recorder = FrameRecorder(settings, options.batch_window, spool)
-        # Names are compared without case: the SDK's own configuration has them in lower case.
-        self._enabled = {name.lower(): name for name in self._recorder.formats}
-        self._disabled = {
-            name.lower(): name for name, one in settings.data_collector.collections.items() if not one.enabled
-        }
+        self.enable(settings)
         self._aside = asyncio.Semaphore()
         self._told: dict[tuple[Refusal, str], float] = {}
         self._under_way = 0
@@ -82,20 +78,28 @@ class FrameEndpoint:
             keepalive_timeout=KEEPALIVE_SECONDS,
             auto_decompress=False,
         )
-        self._listener: Any = None
+        self._servers: list[asyncio.Server] = []
         self._fractions = settings.capture.extended_fields  # of a second
 
-    async def listen(self) -> str:
-        """The address as bound. Raises OSError."""
-        host, _, port = self._listen_address.rpartition(":")
-        self._listener = await asyncio.get_running_loop().create_server(self._http, host.strip("[]"), int(port))
-        bound = self._listener.sockets[0].getsockname()
-        return f"[{bound[0]}]:{bound[1]}" if ":" in bound[0] else f"{bound[0]}:{bound[1]}"
+    def enable(self, settings: Settings) -> None:
+        """Takes frames of those collections that ``settings`` have enabled."""
+        collections = settings.data_collector.collections
+        # Names are compared without case: the SDK's own configuration has them in lower case.
+        self._enabled = {
+            name.lower(): name for name, one in collections.items() if one.enabled and name not in PAYLOAD_COLLECTIONS
+        }
+        self._disabled = {name.lower(): name for name, one in collections.items() if not one.enabled}
+
+    async def serve(self, sockets: list[socket.socket]) -> str:
+        """Takes connections from bound sockets; the address of the first. Raises OSError."""
+        address = listeners.shown(sockets[0])
+        self._servers += await listeners.serve(self._http, sockets)
+        return address
 
     async def close(self) -> None:
         """Takes no more connections, ends what is under way, hands over the batches."""
-        if self._listener is not None:
-            self._listener.close()
+        for server in self._servers:
+            server.close()
         await self._finish(STOP_SECONDS)
         self._stopping = True
         for arriving in self._receiving:

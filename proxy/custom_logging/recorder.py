@@ -10,7 +10,7 @@ from proxy import ids
 from proxy.capture.event import LineFormat, content_range, json_string, source_of
 from proxy.custom_logging.frame import Frame
 from proxy.ledger import Discard
-from proxy.settings import PAYLOAD_COLLECTIONS, Settings
+from proxy.settings import Settings
 from proxy.spool.body_file import BodyFile
 from proxy.spool.writer import Spool, Store
 
@@ -35,15 +35,16 @@ class FrameRecorder:
 
     def __init__(self, settings: Settings, batch_window_seconds: float, spool: Spool) -> None:
         self.spool = spool
-        source = source_of(settings)
-        self.formats = {
-            name: LineFormat(name, source)
-            for name, one in settings.data_collector.collections.items()
-            if one.enabled and name not in PAYLOAD_COLLECTIONS
-        }
+        self._source = source_of(settings)
+        self._formats: dict[str, LineFormat] = {}
         self._max_inline_bytes = settings.capture.max_inline_bytes
         self._batch_window_seconds = batch_window_seconds
         self._batches: dict[str, _Batch] = {}
+
+    def format_of(self, collection: str) -> LineFormat:
+        if collection not in self._formats:
+            self._formats[collection] = LineFormat(collection, self._source)
+        return self._formats[collection]
 
     async def record(self, collection: str, frame: Frame, body: bytearray) -> Outcome:
         """Records a frame; ``body`` is a JSON array, held of the memory. Raises NotRecordedError."""
@@ -161,7 +162,7 @@ class FrameEntry:
             if url is None:  # a line without data would be one that readers fail on
                 raise data.failure or OSError(errno.EIO, "the disk did not take it")
             data, data_name = json_string(url), b"dataref"
-        line = self._recorder.formats[self._collection].line(
+        line = self._recorder.format_of(self._collection).line(
             event_id=frame.event_id,
             content_type=frame.content_type,
             time=frame.time,

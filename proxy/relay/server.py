@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 import ssl
 from collections import Counter
 from dataclasses import dataclass
 from enum import Enum
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
+from proxy import listeners
 from proxy.relay.connection import KNOWN_HEAD_BYTES, Connection, HeadTooLong, NotHTTP
 from proxy.relay.exchange import Exchange, fault_answer
 from proxy.relay.faults import ConnectionRefused, Fault, RequestFault, UpstreamFault
@@ -28,8 +30,8 @@ logger = logging.getLogger("payload_logger.relay")
 
 SWEEP_SECONDS = 1.0
 LINGER_SECONDS = 2.0
+IDLE_STOP_SECONDS = 0.3  # what idle connections get for a last request when the relay stops
 LINGER_BYTES = 4 * 1024 * 1024
-BACKLOG = 1024
 
 
 class Downstream(Connection):
@@ -236,7 +238,7 @@ class Patience:
 class Relay:
     """Listens, relays, and stops in an orderly way.
 
-    Use: ``await relay.listen(...)`` for each address, ``await relay.drain(seconds)``, ``await relay.close()``.
+    Use: ``await relay.serve(sockets)`` for each address, ``await relay.drain(seconds)``, ``await relay.close()``.
     """
 
     def __init__(
@@ -269,41 +271,35 @@ class Relay:
         self._upstream_down = False
         self._sweeper = loop.create_task(self._sweep(), name="relay-sweep")
 
-    async def listen(self, address: str, tls: ssl.SSLContext | None = None) -> str:
-        """Listens on ``HOST:PORT`` or ``unix:/PATH``; the address as bound. Raises OSError."""
+    async def serve(self, sockets: list[socket.socket], tls: ssl.SSLContext | None = None) -> str:
+        """Takes connections from bound sockets; the address of the first. Raises OSError."""
         handshake_seconds = self.patience.head_seconds if tls else None
+        address = listeners.shown(sockets[0])
         if address.startswith("unix:"):
-            path = Path(address.removeprefix("unix:"))
-            server = await self.loop.create_unix_server(
-                self._accept, str(path), ssl=tls, ssl_handshake_timeout=handshake_seconds, backlog=BACKLOG
-            )
-            self._unix_paths.append(path)
-            self._servers.append(server)
-            return address
-        host, _, port = address.rpartition(":")
-        listener: Any = await self.loop.create_server(  # uvloop's, whose sockets are a list
-            self._accept,
-            host.strip("[]"),
-            int(port),
-            ssl=tls,
-            ssl_handshake_timeout=handshake_seconds,
-            backlog=BACKLOG,
-        )
-        self._servers.append(listener)
-        bound = listener.sockets[0].getsockname()
-        return f"[{bound[0]}]:{bound[1]}" if ":" in bound[0] else f"{bound[0]}:{bound[1]}"
+            self._unix_paths.append(Path(address.removeprefix("unix:")))
+        self._servers += await listeners.serve(self._accept, sockets, tls, handshake_seconds)
+        return address
 
     def _accept(self) -> asyncio.Protocol:
         return cast("asyncio.Protocol", Downstream(self))
 
-    async def drain(self, seconds: float) -> int:
-        """Stops accepting, lets the exchanges in flight finish; the number of those that were cut after ``seconds``."""
+    async def drain(self, seconds: float, at_once: asyncio.Event | None = None) -> int:
+        """Stops accepting, lets the exchanges in flight finish; the number of those that were cut in the end.
+
+        That is after ``seconds``, or when ``at_once`` is set. An idle connection lasts for a moment longer: a request may
+        be on its way, which is answered, and told that it was the last one.
+        """
         self._stop_listening()
         for connection in list(self.connections):
-            connection.stop()
-        deadline = self.loop.time() + seconds
-        while self.connections and self.loop.time() < deadline:
+            connection.closing = True
+        now = self.loop.time()
+        deadline, idle_end = now + seconds, now + min(seconds, IDLE_STOP_SECONDS)
+        while self.connections and now < deadline and not (at_once is not None and at_once.is_set()):
+            if now >= idle_end:
+                for connection in list(self.connections):
+                    connection.stop()
             await asyncio.sleep(0.02)
+            now = self.loop.time()
         cut = [connection for connection in self.connections if connection.busy]
         for connection in list(self.connections):
             connection.cut()

@@ -413,6 +413,10 @@ class Shipper:
     def start(self) -> None:
         self._worker.start()
 
+    def add_root(self, url: str, client_id: str | None) -> None:
+        """One more root that this process writes to. May be called from any thread."""
+        self._roots = self._roots | {destination.folder(self.spool, url): (destination.parse(url)[0], client_id)}
+
     async def finish(self, timeout_seconds: float) -> None:
         """Ships what is left, for ``timeout_seconds`` at most, and ends. The rest stays for the next process."""
         self._finish_by = time.monotonic() + timeout_seconds

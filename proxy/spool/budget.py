@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableSequence
 from pathlib import Path
 
 MEASURE_SECONDS = 60.0
@@ -33,13 +33,20 @@ def bytes_below(roots: Iterable[Path]) -> int:
 
 
 class Budget:
-    """Keeps the bytes below ``roots`` under ``max_bytes`` (0: no limit). ``start`` begins to measure, in a thread of its own."""
+    """Keeps the bytes below ``roots`` under ``max_bytes`` (0: no limit). ``start`` begins to measure, in a thread of its own.
 
-    def __init__(self, roots: Iterable[Path], max_bytes: int) -> None:
+    Processes that write there together share ``spent``: what each has written and not removed since it was made, in
+    bytes; ``spent[slot]`` is this one's.
+    """
+
+    def __init__(
+        self, roots: Iterable[Path], max_bytes: int, spent: MutableSequence[int] | None = None, slot: int = 0
+    ) -> None:
         self.max_bytes = max_bytes
         self._roots = tuple(roots)
-        self._measured = 0
-        self._written = 0  # since the measurement began
+        self._spent: MutableSequence[int] = [0] if spent is None else spent
+        self._slot = slot
+        self._base = -sum(self._spent)  # what was measured, less what had been spent when the measurement began
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._refused = False
@@ -57,7 +64,7 @@ class Budget:
 
     @property
     def used_bytes(self) -> int:
-        return self._measured + self._written
+        return self._base + sum(self._spent)
 
     def allows(self, size: int) -> bool:
         """Whether ``size`` further bytes may be written."""
@@ -69,18 +76,16 @@ class Budget:
     def spend(self, size: int) -> None:
         """Counts what was written; a negative size, what was removed."""
         with self._lock:
-            self._written += size
+            self._spent[self._slot] += size
 
     def _measure(self) -> None:
         due = time.monotonic()
         while True:
             if self._refused or time.monotonic() >= due:
                 self._refused = False
-                before = self._written
-                measured = bytes_below(self._roots)
+                before = sum(self._spent)
                 # Files written while measuring may count twice until the next time: the safe side.
-                with self._lock:
-                    self._measured, self._written = measured, self._written - before
+                self._base = bytes_below(self._roots) - before
                 due = time.monotonic() + MEASURE_SECONDS
             if self._stop.wait(MEASURE_WHEN_FULL_SECONDS):
                 return

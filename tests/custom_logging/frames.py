@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 from proxy.config import load
 from proxy.custom_logging.endpoint import FrameEndpoint
 from proxy.ledger import Account
+from proxy.listeners import open_listeners
 from proxy.settings import Durability, Settings
 from proxy.spool.files import Files
 from tests.spool.workbench import MIB, HungFiles, Running, place, spool
@@ -203,7 +204,7 @@ async def served(
         for name in given.data_collector.collections:
             running.bench.places[name] = place(folder / "data", name)
         endpoint = FrameEndpoint(given, options, running.spool)
-        address = await endpoint.listen()
+        address = await endpoint.serve(open_listeners(options.listen))
         one = Served(endpoint, int(address.rpartition(":")[2]), running)
         try:
             yield one

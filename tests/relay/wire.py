@@ -13,6 +13,7 @@ from typing import Any
 
 from multidict import CIMultiDictProxy
 
+from proxy.listeners import open_listeners
 from proxy.relay.parsing import Limits
 from proxy.relay.recording import Ending, NoRecorder, Recorder
 from proxy.relay.server import Patience, Relay
@@ -191,7 +192,7 @@ async def bare_relay(
         patience=patience or Patience(),
         max_connections=max_connections,
     )
-    address = await relay.listen("127.0.0.1:0")
+    address = await relay.serve(open_listeners("127.0.0.1:0"))
     try:
         yield relay, int(address.rpartition(":")[2])
     finally:
