@@ -315,7 +315,7 @@ async def _serve_sdk(app: App, options: CustomLogging, stack: contextlib.AsyncEx
     _write_sdk_config(app.settings)
     app.frames = FrameEndpoint(app.settings, options, app.spool)
     stack.push_async_callback(app.frames.close)
-    with _listening("custom_logging.listen", options.listen):
+    with listening("custom_logging.listen", options.listen):
         app.custom_logging_address = await app.frames.serve(_sockets("custom_logging.listen", options.listen, shared))
 
 
@@ -373,7 +373,7 @@ async def _serve_traffic(app: App, shared: Shared | None) -> None:
     if proxy.tls_certificate is not None and proxy.tls_key is not None:
         app.tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         _load_certificate(app.tls, app.settings)
-    with _listening("proxy.listen", proxy.listen, " (--listen HOST:PORT)"):
+    with listening("proxy.listen", proxy.listen, " (--listen HOST:PORT)"):
         app.address = await app.relay.serve(_sockets("proxy.listen", proxy.listen, shared), app.tls)
 
 
@@ -391,7 +391,7 @@ def _sockets(key: str, address: str, shared: Shared | None) -> list[socket.socke
 
 
 @contextlib.contextmanager
-def _listening(key: str, address: str, option: str = "") -> Iterator[None]:
+def listening(key: str, address: str, option: str = "") -> Iterator[None]:
     """Tells in the words of the settings why it can't listen."""
     try:
         yield

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
-import importlib.util
 import json
 import logging
 import os
 import platform
-import signal
 import sys
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from proxy import __version__, logs
+from proxy import __version__, is_compiled, logs
 from proxy.config import ConfigError, Loaded, load
 from proxy.config_reference import reference_markdown, schema
+from proxy.processes.loops import run_loop
+from proxy.processes.signals import end_quietly_until_ready
 from proxy.settings import LogLevel, Logs, Settings
-
-if TYPE_CHECKING:
-    from proxy.app import App
 
 logger = logging.getLogger("payload_logger")
 
@@ -149,67 +144,19 @@ def _load(options: argparse.Namespace) -> Loaded:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from proxy.processes.serve import serve
+
+    end_quietly_until_ready()
     loaded = _load(options)
     logs.configure(loaded.settings.logs)
     for warning in loaded.warnings:
         logger.warning("%s", warning)
-    return run_loop(_serve(loaded.settings))
-
-
-def run_loop(main_coroutine: Coroutine[Any, Any, int]) -> int:
-    """Runs a coroutine on uvloop where it exists, else on asyncio's own loop."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.run(main_coroutine)
-    return uvloop.run(main_coroutine)
-
-
-async def _serve(settings: Settings) -> int:
-    from proxy.app import StartError, running
-
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    try:
-        async with running(settings) as app:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, _stop, stop)
-            logger.info("%s", describe(settings, app.address, app.custom_logging_address))
-            await stop.wait()
-            logger.info(
-                "Stopping: no new connections; exchanges in flight have %g s to finish.", settings.proxy.drain_seconds
-            )
-            for number in (signal.SIGTERM, signal.SIGINT):  # a second signal does not wait
-                loop.remove_signal_handler(number)
-        logger.info("Stopped: %s.", "; ".join([str(app.ledger.account()), *_own_answers(app)]))
-    except StartError as error:
-        logger.error("%s", error)
-        return 1
-    return 0
-
-
-def _stop(event: asyncio.Event) -> None:
-    event.set()
-
-
-def _own_answers(app: App) -> list[str]:
-    counts = ", ".join(f"{count} × {status}" for status, count in sorted(app.relay.faults.items()))
-    return [f"answered by the proxy itself: {counts}"] if counts else []
+    return run_loop(serve(loaded.settings, partial(_load, options)))
 
 
 def _version() -> str:
-    hot = importlib.util.find_spec("proxy.relay.exchange")
-    kind = "pure Python" if hot is None or str(hot.origin).endswith(".py") else "compiled"
+    kind = "compiled" if is_compiled() else "pure Python"
     return f"payload-logger {__version__} ({kind}, Python {platform.python_version()})"
-
-
-def describe(settings: Settings, address: str, custom_logging_address: str | None) -> str:
-    """One line for the log: from where, to where, what is recorded."""
-    collections = settings.data_collector.collections
-    names = [name for name, one in collections.items() if one.enabled]
-    recorded = f"recording {', '.join(names)} in {settings.storage.url}" if names else "recording nothing"
-    frames = f"; custom logging on {custom_logging_address}" if custom_logging_address else ""
-    return f"payload-logger {__version__} on {address}, before {settings.proxy.upstream}, {recorded}{frames}."
 
 
 def _check(options: argparse.Namespace) -> int:

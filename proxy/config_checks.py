@@ -31,7 +31,7 @@ def problems(settings: Settings) -> Iterator[Finding]:
     yield from _shared_roots(settings)
     yield from _destinations(settings)
     yield from _custom_logging(settings)
-    yield from _not_supported_yet(settings)
+    yield from _workers(settings)
 
 
 def warnings(settings: Settings) -> Iterator[Finding]:
@@ -41,8 +41,6 @@ def warnings(settings: Settings) -> Iterator[Finding]:
     if settings.data_collector.rolling_rate is not RollingRate.HOUR:
         yield (("data_collector", "rolling_rate"),), "Azure ML's model monitor reads only Hour"
     yield from _open_to_others(settings)
-    if settings.admin is not None:
-        yield (("admin",),), "this version does not serve it yet"
 
 
 def _enabled(settings: Settings) -> list[tuple[str, Collection]]:
@@ -138,10 +136,13 @@ def _open_to_others(settings: Settings) -> Iterator[Finding]:
         )
 
 
-def _not_supported_yet(settings: Settings) -> Iterator[Finding]:
-    """What this version has settings for, but can't do."""
-    if settings.proxy.workers > 1:
-        yield (("proxy", "workers"),), f"{settings.proxy.workers} is too large; this version runs one process"
+def _workers(settings: Settings) -> Iterator[Finding]:
+    listen = settings.proxy.listen
+    if settings.proxy.workers > 1 and listen.startswith("unix:"):
+        yield (
+            (("proxy", "workers"), ("proxy", "listen")),
+            f"{shown(listen)} can't be shared; use HOST:PORT, or one worker",
+        )
 
 
 def _destinations(settings: Settings) -> Iterator[Finding]:

@@ -17,8 +17,9 @@ ROOT = "payload_logger"
 class TextFormatter(logging.Formatter):
     """For people: time, level, message."""
 
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+    def __init__(self, worker: int | None) -> None:
+        who = "" if worker is None else f"worker {worker}: "
+        super().__init__(f"%(asctime)s %(levelname)-7s {who}%(message)s", "%Y-%m-%dT%H:%M:%SZ")
 
     converter = staticmethod(time.gmtime)
 
@@ -26,11 +27,16 @@ class TextFormatter(logging.Formatter):
 class JsonFormatter(logging.Formatter):
     """For log collectors: one JSON object per line."""
 
+    def __init__(self, worker: int | None) -> None:
+        super().__init__()
+        self._who = {} if worker is None else {"worker": worker}
+
     def format(self, record: logging.LogRecord) -> str:
         fields = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
+            **self._who,
             "message": record.getMessage(),
         }
         if record.exc_info and record.exc_info[1] is not None:
@@ -38,10 +44,10 @@ class JsonFormatter(logging.Formatter):
         return orjson.dumps(fields, option=orjson.OPT_NON_STR_KEYS).decode()
 
 
-def configure(logs: Logs) -> None:
-    """Sends what this program logs to standard error, as the settings say."""
+def configure(logs: Logs, worker: int | None = None) -> None:
+    """Sends what this program logs to standard error, as the settings say. worker: this process's number of several."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if logs.format is LogFormat.JSON else TextFormatter())
+    handler.setFormatter(JsonFormatter(worker) if logs.format is LogFormat.JSON else TextFormatter(worker))
     logger = logging.getLogger(ROOT)
     logger.handlers[:] = [handler]
     logger.setLevel(logs.level.value.upper())

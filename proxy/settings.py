@@ -164,7 +164,15 @@ class Proxy(Struct, frozen=True, kw_only=True):
             "before the path of every request."
         ),
     ] = "http://127.0.0.1:5001"
-    workers: Annotated[int, Meta(ge=1, description="Number of processes. This version runs one.")] = 1
+    workers: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=256,
+            description="Number of processes that take traffic, each for one core. With more than one there is a supervisor, "
+            "which replaces those that end.",
+        ),
+    ] = 1
     tls_certificate: Annotated[
         FilePath | None,
         Meta(description="PEM file with the certificate chain; with tls_key it makes the listener speak TLS."),
@@ -392,7 +400,13 @@ class CustomLogging(Struct, frozen=True, kw_only=True):
 class Admin(Struct, frozen=True, kw_only=True):
     """Probes, metrics and status."""
 
-    listen: Annotated[Listen, Meta(description="Where probes and scrapes connect.")] = "127.0.0.1:8081"
+    listen: Annotated[
+        Listen,
+        Meta(
+            description="Where probes and scrapes connect. There is no authentication, and nothing secret: counts, "
+            "and the addresses of the destination and the model server."
+        ),
+    ] = "127.0.0.1:8081"
 
 
 MANAGEMENT_URL = "https://management.azure.com"
@@ -442,7 +456,10 @@ class Settings(Struct, frozen=True, kw_only=True):
     custom_logging: Annotated[
         CustomLogging | None, Meta(description="The endpoint that the azureml-ai-monitoring SDK posts to.")
     ] = None
-    admin: Annotated[Admin | None, Meta(description="Probes and metrics. This version does not serve them yet.")] = None
+    admin: Annotated[
+        Admin | None,
+        Meta(description="Probes, metrics and status: served when this section is there ('admin: {}' will do)."),
+    ] = None
     azureml: Annotated[AzureML | None, Meta(description="The workspace named as the source of the events.")] = None
     logs: Annotated[Logs, Meta(description="The program's own log.")] = Logs()
 

@@ -368,7 +368,7 @@ COLLECTION = "data_collector.collections.request"
         ("proxy.max_headers", 1.5, f"1.5 {WHOLE}"),
         ("proxy.max_headers", True, f"'true' {WHOLE}"),
         ("proxy.max_headers", 0, "0 is too small; the least is 1"),
-        ("proxy.workers", 2, "2 is too large; this version runs one process"),
+        ("proxy.workers", 257, "257 is too large; the most is 256"),
         *(
             ("proxy.listen", wrong, f"'{wrong}' {LISTEN}")
             for wrong in (
@@ -491,7 +491,7 @@ def test_everything_that_is_wrong_is_reported_at_once(problems: Problems) -> Non
           sampling_rate: 2
           sampling_rate: 3
           collections: { request: { enabled: perhaps }, response: }
-        proxy: { listen: nowhere, workers: 3, tls_key: /nonexistent }
+        proxy: { listen: nowhere, workers: 0, tls_key: /nonexistent }
         storage: { url: 's3://x' }
     """
     assert problems(text, environ={"PAYLOAD_LOGGER_LOGS_LEVEL": "loud"}, overrides={"spool.pth": "/x"}) == [
@@ -501,12 +501,12 @@ def test_everything_that_is_wrong_is_reported_at_once(problems: Problems) -> Non
         f"{COLLECTION}.enabled: 'perhaps' {SWITCH}",
         "data_collector.collections.response: empty; write 'response: {enabled: true}'",
         f"proxy.listen: 'nowhere' {LISTEN}",
+        "proxy.workers: 0 is too small; the least is 1",
         f"storage.url: 's3://x' is not a destination; use {URLS}",
         "PAYLOAD_LOGGER_LOGS_LEVEL: logs.level: 'loud' is not a choice here; use debug or info or warning or error",
         "command line: spool.pth: unknown key; did you mean 'path'?",
         "proxy.tls_certificate: missing; tls_certificate and tls_key belong together",
         "proxy.tls_key: '/nonexistent' is not a file that can be read",
-        "proxy.workers: 3 is too large; this version runs one process",
     ]
 
 
@@ -658,7 +658,8 @@ def test_values_from_the_environment() -> None:
             "OTHER": "x",
         },
     )
-    assert loaded.warnings == ("admin: this version does not serve it yet",)
+    assert loaded.warnings == ()
+    assert loaded.settings.admin == Admin(listen="0.0.0.0:8081")
     assert loaded.settings.endpoint_name == "e"
     assert loaded.settings.spool.max_bytes == 2**30
     assert loaded.settings.capture.include == ("GET,HEAD /a*", "/b", "POST,PUT *c")
@@ -905,7 +906,6 @@ CAPTURED_HEADERS = {
             "{admin: {}, custom_logging: {}}",
             [
                 "custom_logging: no collection but request and response is enabled; every frame will be refused",
-                "admin: this version does not serve it yet",
             ],
         ),
         (

@@ -268,7 +268,7 @@ class Relay:
         self._max_connections = max_connections
         self._servers: list[asyncio.Server] = []
         self._unix_paths: list[Path] = []
-        self._upstream_down = False
+        self.upstream_trouble: str | None = None  # what the model server failed with, until it answers again
         self._sweeper = loop.create_task(self._sweep(), name="relay-sweep")
 
     async def serve(self, sockets: list[socket.socket], tls: ssl.SSLContext | None = None) -> str:
@@ -326,8 +326,8 @@ class Relay:
     def count_fault(self, fault: Fault) -> None:
         """Counts what the relay answered by itself, and says once when the model server goes and when it is back."""
         self.faults[fault.reason] += 1
-        if isinstance(fault, UpstreamFault) and not self._upstream_down:
-            self._upstream_down = True
+        if isinstance(fault, UpstreamFault) and self.upstream_trouble is None:
+            self.upstream_trouble = str(fault)
             logger.warning("Upstream %s: %s; clients get %d until it answers.", self.pool.address, fault, fault.status)
 
     def recording_failed(self, error: Exception) -> None:
@@ -338,8 +338,8 @@ class Relay:
         self.defects += 1
 
     def upstream_answered(self) -> None:
-        if self._upstream_down:
-            self._upstream_down = False
+        if self.upstream_trouble is not None:
+            self.upstream_trouble = None
             logger.info("Upstream %s answers again.", self.pool.address)
 
     async def _sweep(self) -> None:

@@ -132,6 +132,11 @@ class Pool:
     def __repr__(self) -> str:
         return f"<Pool {self.address}: {len(self._quiet_since)} connections, {len(self._idle)} idle>"
 
+    @property
+    def open_connections(self) -> int:
+        """In use and idle."""
+        return len(self._quiet_since)
+
     def take(self) -> UpstreamConnection | None:
         """An idle connection, if there is one."""
         while self._idle:

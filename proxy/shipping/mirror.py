@@ -67,6 +67,7 @@ class Mirror:
         self.file = file
         self.name = f"{folder}{renamed or self._instance}.jsonl"
         self.roll_at: int | None = None
+        self.sent_bytes = 0  # in appends that were answered
         self.blocks = 0
         self.delivered_lines = 0
         self._base = int(base or 0)  # bytes of the file that are in other blobs
@@ -136,6 +137,7 @@ class Mirror:
             raise BlobLostError(position, "it has as many blocks as a blob can have") from None
         else:
             self.blocks += 1
+            self.sent_bytes += len(block)
             self._advance(position + len(block), block)
 
     def roll(self) -> None:

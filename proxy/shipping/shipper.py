@@ -17,7 +17,7 @@ import os
 import random
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,11 +69,15 @@ class Backoff:
 
 @dataclass(frozen=True, slots=True)
 class LaneState:
-    """A lane as it is. ``trouble`` is the reason of a failure that lasts."""
+    """A lane as it is. ``trouble`` is the reason of a failure that lasts.
+
+    ``lag_seconds``: what was recorded before so long ago is in the destination. 0: so is everything that is known of.
+    """
 
     url: str
     trouble: str | None
     words: str | None
+    lag_seconds: float
 
 
 class Lane:
@@ -93,6 +97,7 @@ class Lane:
         self._failed_in_a_row = 0
         self._arrived = 0  # puts and appends that worked
         self.backoff = Backoff()
+        self._caught_up_at = time.monotonic()  # what was recorded until then has arrived
         self._appends = asyncio.Semaphore(FILES_AT_ONCE)
         self._puts = asyncio.Semaphore(BODIES_AT_ONCE)
 
@@ -104,6 +109,7 @@ class Lane:
 
     async def turn(self) -> float:
         """Ships what is there; the seconds until the next turn."""
+        began = time.monotonic()
         arrived = self._arrived
         try:
             adopted = await self._ship()
@@ -126,6 +132,8 @@ class Lane:
             self._told.clear()
         self.trouble = None
         self.backoff.failures = 0
+        if not adopted:
+            self._caught_up_at = began
         return 0.0 if adopted else self._shipper.interval_seconds
 
     def close(self) -> None:
@@ -136,7 +144,17 @@ class Lane:
     @property
     def is_empty(self) -> bool:
         """Whether all that is known of is shipped."""
-        return not self.files and not any(mirror.left_bytes for mirror in self._mirrors.values())
+        return not self.files and not any(mirror.left_bytes for mirror in list(self._mirrors.values()))
+
+    def state(self) -> LaneState:
+        """May be called from any thread."""
+        trouble = self.trouble
+        if trouble is None and self.is_empty:
+            return LaneState(self.url, None, None, 0.0)
+        lag_seconds = time.monotonic() - self._caught_up_at
+        if trouble is None:
+            return LaneState(self.url, None, None, lag_seconds)
+        return LaneState(self.url, trouble.reason, trouble.words, lag_seconds)
 
     def _tell(self, error: NotNow) -> None:
         if error.reason not in self._told and (error.reason not in PASSING or self.backoff.failures >= TOLD_AFTER):
@@ -221,7 +239,15 @@ class Lane:
     async def _append_all(self, mirror: Mirror, until: int) -> None:
         left = mirror.left_bytes
         while left > 0 and mirror.length - left < until:
-            await mirror.ship(until)
+            sent_bytes = mirror.sent_bytes
+            try:
+                await mirror.ship(until)
+            except NotNow as error:
+                self._shipper.appends[error.reason] += 1
+                raise
+            if mirror.sent_bytes > sent_bytes:
+                self._shipper.appends["ok"] += 1
+                self._shipper.shipped_bytes += mirror.sent_bytes - sent_bytes
             self._arrived += mirror.left_bytes < left
             left = mirror.left_bytes
 
@@ -304,11 +330,14 @@ class Lane:
                         raise NotNow(
                             "conflict", f"{blob} is a blob of another kind, which somebody else put there; remove it."
                         ) from None
+                self._shipper.puts["ok"] += 1
+                self._shipper.shipped_bytes += size
                 os.unlink(path)  # noqa: PTH108
                 self._shipper.budget.spend(-size)
         except (NotNow, OSError) as error:
-            self._left[path] = _trouble(error)
+            self._left[path] = trouble = _trouble(error)
             self._failed_in_a_row += 1
+            self._shipper.puts[trouble.reason] += 1
         else:
             self._left.pop(path, None)
             self._failed_in_a_row = 0
@@ -390,6 +419,9 @@ class Shipper:
         self.retire = retire
         self.interval_seconds = interval_seconds
         self.stopping = False
+        self.appends: Counter[str] = Counter()  # by outcome: "ok" or the reason why not; so puts of bodies
+        self.puts: Counter[str] = Counter()
+        self.shipped_bytes = 0
         self._roots = {
             destination.folder(spool, url): (destination.parse(url)[0], client_id) for url, client_id in urls.items()
         }
@@ -429,10 +461,7 @@ class Shipper:
 
     def states(self) -> list[LaneState]:
         """May be called from any thread."""
-        return [
-            LaneState(lane.url, trouble.reason if trouble else None, trouble.words if trouble else None)
-            for lane, trouble in [(lane, lane.trouble) for lane in list(self._lanes.values())]
-        ]
+        return [lane.state() for lane in list(self._lanes.values())]
 
     # --- in the thread ---
 
