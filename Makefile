@@ -44,6 +44,7 @@ wheel: $(VENV)/.installed           # with compiled modules, for this Python and
 docs: $(VENV)/.installed            # what is generated from the settings and from the tests' markers
 	$(BIN)/payload-logger schema > config/payload-logger.schema.json
 	$(BIN)/payload-logger schema --markdown > docs/configuration.md
+	$(BIN)/python -c 'from proxy.admin.metrics import reference_markdown; print(reference_markdown(), end="")' > docs/metrics.md
 	$(BIN)/python -m tests.promises
 
 $(VENV)/bin/python:

@@ -6,10 +6,12 @@ Our own extensions come last; their names are lower-case letters and digits, and
 
 from __future__ import annotations
 
+import re
 import time
 from functools import lru_cache
 
 import orjson
+from multidict import CIMultiDictProxy
 
 from proxy.settings import Settings
 
@@ -38,7 +40,10 @@ DOCUMENTED = frozenset(
         "subject",
     }
 )
-RESERVED = DOCUMENTED | {"statuscode", "durationms", "capturestatus", "bodybytes", "contentencoding"}
+RESERVED = DOCUMENTED | {"statuscode", "durationms", "capturestatus", "bodybytes", "contentencoding", "traceparent"}
+
+# W3C Trace Context, level 1, §3.2: version, trace id, parent id, flags; no id is all zeros, and no version ff.
+_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 def source(subscription_id: str, resource_group: str, workspace: str, endpoint: str, deployment: str) -> str:
@@ -75,6 +80,14 @@ def header_fields(names: tuple[str, ...]) -> dict[str, str]:
         taken.add(field)
         fields[name] = field
     return fields
+
+
+def trace_field(headers: CIMultiDictProxy[str]) -> bytes:
+    """The trace that an exchange belongs to, as CloudEvents' distributed tracing extension has it; empty without a valid one."""
+    parent = headers.get("traceparent")
+    if parent is None or not _TRACEPARENT.fullmatch(parent):
+        return b""
+    return b',"traceparent":"%b"' % parent.encode()
 
 
 def json_string(text: str) -> bytes:

@@ -10,7 +10,7 @@ from multidict import CIMultiDictProxy
 
 from proxy.capture.body import Tee, TeeLimits
 from proxy.capture.decoding import Undecodable, codings, decoded
-from proxy.capture.event import LineFormat, content_range, header_fields, json_string, source_of, timestamp
+from proxy.capture.event import LineFormat, content_range, header_fields, json_string, source_of, timestamp, trace_field
 from proxy.capture.payload import Kind, claim, embedded
 from proxy.capture.policy import Policy
 from proxy.ledger import Discard
@@ -184,7 +184,7 @@ class ExchangeRecording:
                 status = Ending.COMPLETE.value
             elif self._ending is Ending.COMPLETE:
                 status = _TRUNCATED  # the model server answered without reading it all
-            extensions = body.extensions(status)
+            extensions = body.extensions(status) + trace_field(headers)
             for name, field in recorder.header_fields:
                 if name in headers:
                     extensions += field + json_string(", ".join(headers.getall(name)))
@@ -211,6 +211,7 @@ class ExchangeRecording:
                 self._status,
                 round(self.duration_seconds * 1000),
             ) + body.extensions(self._ending.value)
+            extensions += trace_field(self._request_headers)
         return recorder.formats[RESPONSE].line(
             event_id=tee.event_id,
             content_type=body.content_type,

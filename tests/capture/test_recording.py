@@ -691,6 +691,28 @@ async def test_names_of_captured_headers_that_collide(tmp_path: Path) -> None:
         assert (event["headerdata"], event["headerdata2"], event["xdata"]) == ("1", "2", "3")
 
 
+TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+
+@pytest.mark.parametrize(
+    ("header", "recorded"),
+    [
+        (TRACE, True),
+        ("cc" + TRACE[2:], True),  # a version that is yet to come
+        ("ff" + TRACE[2:], False),
+        (TRACE.upper(), False),
+        (TRACE + "0", False),
+        ("00-" + "0" * 32 + TRACE[35:], False),
+        (TRACE[:36] + "0" * 16 + "-01", False),
+        ('"},{', False),
+    ],
+)
+async def test_the_trace_is_in_both_lines(tmp_path: Path, header: str, recorded: bool) -> None:
+    async with proxied(tmp_path) as p:
+        await send(p, b"[1]", JSON, ("Traceparent", header))
+        assert [event.get("traceparent") for event in await pair(p)] == [header if recorded else None] * 2
+
+
 async def test_without_extended_fields_there_are_no_headers_and_no_fractions(tmp_path: Path) -> None:
     overrides = {
         "capture__extended_fields": "False",

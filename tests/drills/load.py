@@ -21,7 +21,7 @@ from tests.harness import ModelServer, read_request
 
 REPOSITORY = Path(__file__).parents[2]
 COLLECTIONS = ("request", "response")
-_LISTENING = re.compile(r"payload-logger \S+ on \S+:(\d+),")
+_LISTENING = re.compile(r"payload-logger \S+ on \S+:(\d+)(?: \(\d+ workers\))?,")
 _STOPPED = re.compile(
     r"Stopped: received (\d+) events = delivered (\d+) \+ discarded (\d+)(?: \(.*\))? \+ pending (\d+)"
 )
@@ -80,17 +80,19 @@ async def proxy_process(
     broken: str | None = None,
     environment: Mapping[str, str] | None = None,
     before_start: Callable[[], None] | None = None,
+    config: Path | None = None,
     **settings: object,
 ) -> AsyncIterator[ProxyProcess]:
     """Runs the proxy on a free port until the block ends. Settings as ``section__key=value``.
 
     log_folder: by default the one that ``storage`` is in. broken: faults of ``tests.drills.broken`` to run it with.
-    environment: further variables. before_start: called in the child, before the proxy. The port is 0 when the proxy was
-    killed before it listened.
+    environment: further variables. before_start: called in the child, before the proxy. config: a file. The port is 0
+    when the proxy was killed before it listened.
     """
     log_path = (log_folder or Path(storage).parent) / f"{log_name}.log"
     module = ["proxy"] if broken is None else ["tests.drills.broken", broken]
     arguments = ["run", "--upstream", upstream, "--listen", "127.0.0.1:0", "--storage", str(storage)]
+    arguments += ["-c", str(config)] if config is not None else []
     variables = {name: value for name, value in os.environ.items() if not name.startswith("PAYLOAD_LOGGER_")}
     variables |= environment or {}
     variables |= {f"PAYLOAD_LOGGER_{name.upper().replace('__', '_')}": str(value) for name, value in settings.items()}
