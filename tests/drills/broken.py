@@ -10,11 +10,13 @@ What the proxy has to survive:
 die-in-write       SIGKILL in the middle of a write: the last line is in the file by half
 die-at:POINT:N     SIGKILL when it comes to a point of ``tests.drills.points`` for the Nth time
 clock-steps        the clock steps forth and back, by hours, every few writes
+worker-1-ends      the second worker can't be started again
 
 What makes a drill possible:
 keep:FOLDER        each file of lines has a second name in FOLDER, so that what was in it can be read when it is gone
 hasty              shorter waits for answers, and between tries: thousands of faults fit in minutes
 small-blocks       one append takes a few lines
+impatient          the supervisor asks its workers often, and waits for a moment only
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from proxy.cli import main
+from proxy.processes import supervisor, worker
 from proxy.shipping import azure_blob, mirror, shipper
 from proxy.spool import files
 from tests.drills.points import die_at
@@ -135,6 +138,25 @@ def small_blocks() -> None:
     mirror.MAX_APPEND_BYTES = 2048
 
 
+def worker_1_ends() -> None:
+    command = worker.command
+    begun: set[str] = set()
+
+    def command_once(fd: int, name: str) -> tuple[list[str], dict[str, str]]:
+        words, environment = command(fd, name)
+        if name in begun and name.endswith("-1"):
+            words = [sys.executable, "-c", "raise SystemExit(3)"]
+        begun.add(name)
+        return words, environment
+
+    worker.command = command_once
+
+
+def impatient() -> None:
+    supervisor.ASK_EVERY_SECONDS = 0.05
+    supervisor.HUNG_SECONDS = 0.3
+
+
 FAULTS = {
     "answer-first": answer_first,
     "no-position": no_position,
@@ -146,6 +168,8 @@ FAULTS = {
     "keep": keep,
     "hasty": hasty,
     "small-blocks": small_blocks,
+    "worker-1-ends": worker_1_ends,
+    "impatient": impatient,
 }
 
 if __name__ == "__main__":
