@@ -172,8 +172,23 @@ FAULTS = {
     "impatient": impatient,
 }
 
-if __name__ == "__main__":
-    for fault in sys.argv[1].split(","):
+
+def apply(faults: str) -> None:
+    """To this process, and to the workers that it starts."""
+    for fault in faults.split(","):
         name, *arguments = fault.split(":")
         FAULTS[name](*arguments)
+    command = worker.command
+
+    def command_with_faults(fd: int, name: str) -> tuple[list[str], dict[str, str]]:
+        words, environment = command(fd, name)
+        if "proxy.processes.worker" in words[2]:
+            words[2] = f"from tests.drills import broken; broken.apply({faults!r}); {words[2]}"
+        return words, environment
+
+    worker.command = command_with_faults
+
+
+if __name__ == "__main__":
+    apply(sys.argv[1])
     sys.exit(main(sys.argv[2:]))

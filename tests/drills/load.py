@@ -61,12 +61,17 @@ class ProxyProcess:
         return sum(1 for _ in Path(f"/proc/{self.process.pid}/fd").iterdir())
 
 
+def stopped_accounts(running: ProxyProcess) -> list[tuple[int, ...]]:
+    """Received, delivered, discarded, pending, as logged at the end by each worker."""
+    accounts = [tuple(map(int, found.groups())) for found in _STOPPED.finditer(running.log())]
+    assert accounts, running.log()
+    assert all(account[0] == sum(account[1:]) for account in accounts)
+    return accounts
+
+
 def stopped_account(running: ProxyProcess) -> tuple[int, ...]:
-    """Received, delivered, discarded, pending, as logged at the end."""
-    found = _STOPPED.search(running.log())
-    assert found, running.log()
-    account = tuple(map(int, found.groups()))
-    assert account[0] == sum(account[1:])
+    """That of the only one."""
+    (account,) = stopped_accounts(running)
     return account
 
 

@@ -21,7 +21,7 @@ import orjson
 
 from tests.azure.blob_server import APPEND_BLOB, BlobServer
 from tests.azure.faults import Fault, Plan
-from tests.drills.load import COLLECTIONS, ProxyProcess, Request, Traffic, proxy_process, stopped_account, until
+from tests.drills.load import COLLECTIONS, ProxyProcess, Request, Traffic, proxy_process, stopped_accounts, until
 
 EMULATOR = {"AZURE_STORAGE_CONNECTION_STRING": "UseDevelopmentStorage=true"}
 CONTAINER = "drill"
@@ -152,9 +152,14 @@ class Shipping:
 
     async def stop(self, proxy: ProxyProcess) -> tuple[int, ...]:
         """SIGTERM, exit 0: received, delivered, discarded, pending."""
+        (account,) = await self.stop_all(proxy)
+        return account
+
+    async def stop_all(self, proxy: ProxyProcess) -> list[tuple[int, ...]]:
+        """The same, of each worker."""
         proxy.signal(signal.SIGTERM)
         assert await proxy.exit_status(SOON_SECONDS) == 0, proxy.log()
-        return stopped_account(proxy)
+        return stopped_accounts(proxy)
 
     async def deliver_rest(self) -> tuple[int, ...]:
         """Has a process ship what all the others left; its account."""

@@ -28,6 +28,7 @@ BREAK_STEP = size("BREAK_STEP", 23, 1)  # drill 9: bytes from one break to the n
 SLOWLORIS = size("SLOWLORIS", 100, 500)
 STOPS = size("STOPS", 1, 100)  # drill 11
 CLOCK_STEPS = size("CLOCK_STEPS", 8, 200)  # drill 12
+SOAK_SECONDS = size("SOAK_SECONDS", 60, 4 * 3600)  # drill 13
 AZURITE_KILLS = size("AZURITE_KILLS", 1, 20)
 
 patiently = pytest.mark.timeout(6 * 3600 if LONG else 180)

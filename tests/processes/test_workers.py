@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import os
-import re
 import signal
 import socket
 import sys
@@ -23,29 +22,7 @@ from tests.azure.azurite import Azurite, azurite
 from tests.drills.load import Dataset, PatientModel, ProxyProcess, Traffic, one_each, proxy_process, until
 from tests.harness import model_server
 from tests.processes.admin import admin_port, check_identity, get, scrape, status_of, total, until_scraped
-
-TWO = {"admin__listen": "127.0.0.1:0", "proxy__workers": 2, "proxy__drain_seconds": 20}
-
-
-def workers_of(running: ProxyProcess) -> dict[int, psutil.Process]:
-    """The worker processes by their numbers."""
-    found = {}
-    for child in psutil.Process(running.process.pid).children():
-        with contextlib.suppress(psutil.Error):
-            if match := re.search(r"payload-logger-worker-(\d+)", " ".join(child.cmdline())):
-                found[int(match[1])] = child
-    return found
-
-
-async def replaced(running: ProxyProcess, times: int) -> None:
-    """Waits until so many workers have been replaced, and all take traffic."""
-    port = admin_port(running)
-    async with asyncio.timeout(30):
-        while True:
-            status = await status_of(port)
-            if status["worker_restarts"] == times and status["workers"] == 2:
-                return
-            await asyncio.sleep(0.01)
+from tests.processes.workers import TWO, replaced, workers_of
 
 
 def check(storage: Path, traffic: Traffic) -> Dataset:
