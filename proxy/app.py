@@ -88,7 +88,6 @@ class App:
         self.loop_delay = loop_delay
         self.address = ""
         self.custom_logging_address: str | None = None
-        self.stop_now = asyncio.Event()  # set: exchanges in flight are cut, and nothing more is shipped
         self.tls: ssl.SSLContext | None = None
         self.frames: FrameEndpoint | None = None
         self._recording = recording
@@ -109,15 +108,20 @@ class App:
 
 
 @contextlib.asynccontextmanager
-async def running(settings: Settings, shared: Shared | None = None) -> AsyncIterator[App]:
-    """The proxy, for as long as the block runs. Raises StartError; nothing is left behind then."""
+async def running(
+    settings: Settings, shared: Shared | None = None, stop_now: asyncio.Event | None = None
+) -> AsyncIterator[App]:
+    """The proxy, for as long as the block runs. Raises StartError; nothing is left behind then.
+
+    stop_now: when it is set, exchanges in flight are cut, and nothing more is shipped.
+    """
     require_c_parser()
     sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
     _keep_freed_memory()
     _allow_files(settings.proxy.max_connections)
     loop = asyncio.get_running_loop()
     async with contextlib.AsyncExitStack() as stack:
-        recording = _Recording(settings, loop, shared)
+        recording = _Recording(settings, loop, shared, stop_now or asyncio.Event())
         stack.callback(recording.budget.stop)
         await recording.start()
         stack.push_async_callback(recording.close)
@@ -150,10 +154,8 @@ async def running(settings: Settings, shared: Shared | None = None) -> AsyncIter
         yield app
 
         recording.ends_at = loop.time() + settings.proxy.drain_seconds
-        cut = await relay.drain(settings.proxy.drain_seconds, app.stop_now)
-        if app.stop_now.is_set():
-            recording.ends_at = 0.0
-        elif cut:
+        cut = await relay.drain(settings.proxy.drain_seconds, recording.stop_now)
+        if cut and not recording.stop_now.is_set():
             logger.warning("%d exchanges had not finished after %g s and were cut.", cut, settings.proxy.drain_seconds)
 
 
@@ -178,8 +180,11 @@ def _allow_files(connections: int) -> None:
 class _Recording:
     """The spool, and the shipper behind it if anything goes further than the local disk."""
 
-    def __init__(self, settings: Settings, loop: asyncio.AbstractEventLoop, shared: Shared | None) -> None:
+    def __init__(
+        self, settings: Settings, loop: asyncio.AbstractEventLoop, shared: Shared | None, stop_now: asyncio.Event
+    ) -> None:
         self._settings = settings
+        self.stop_now = stop_now
         self._loop = loop
         self.ledger = Ledger()
         self.budget = Budget(
@@ -188,7 +193,7 @@ class _Recording:
             *(() if shared is None else (shared.spent, shared.worker)),
         )
         self._registers = shared is None or shared.worker == 0  # of several processes one will do
-        self.ends_at = loop.time()  # until when shipping may go on when the proxy stops; 0: it ends at once
+        self.ends_at = loop.time()  # until when shipping may go on when the proxy stops
         self.places = places(settings)
         process_id = new_process_id()
         self.shipper = self._new_shipper(process_id) if any(place.remote for place in self.places.values()) else None
@@ -221,8 +226,7 @@ class _Recording:
     async def close(self) -> None:
         await self.spool.close()
         if self.shipper is not None:
-            left = max(LEAST_SHIPPING_SECONDS, self.ends_at - self._loop.time()) if self.ends_at else 0.0
-            await self.shipper.finish(left)
+            await self.shipper.finish(max(LEAST_SHIPPING_SECONDS, self.ends_at - self._loop.time()), self.stop_now)
 
     async def extend(self, settings: Settings) -> None:
         """Has a place for each collection that ``settings`` have enabled. Raises StartError."""

@@ -131,8 +131,7 @@ class _Alone:
 
 
 async def _serve_alone(settings: Settings, read: Read, signals: Signals, admin: AdminServer | None) -> int:
-    async with running(settings) as app:
-        app.stop_now = signals.stop_now
+    async with running(settings, stop_now=signals.stop_now) as app:
         alone = _Alone(app)
         if admin is not None:
             admin.source = alone

@@ -50,8 +50,7 @@ async def _work(fd: int) -> int:
         spent_of(hello["spent"], hello["workers"]),  # type: ignore[arg-type]
     )
     try:
-        async with running(settings, shared) as app:
-            app.stop_now = signals.stop_now
+        async with running(settings, shared, signals.stop_now) as app:
             channel.send({"ready": app.address, "frames": app.custom_logging_address})
             listening = asyncio.create_task(_listen(channel, app, signals))
             await signals.stop.wait()

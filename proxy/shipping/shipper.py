@@ -44,6 +44,7 @@ FIRST_RETRY_SECONDS = 0.5
 LONGEST_RETRY_SECONDS = 30.0
 LONGEST_RETRY_AFTER_SECONDS = 300.0
 ADOPT_SECONDS = 5.0  # how often it is looked for what other processes left
+END_SECONDS = 2.0  # for what is cancelled to end
 EMPTY_SECONDS = 3600.0  # a folder that was empty for so long is removed
 
 PASSING = frozenset({"busy", "server", "timeout", "unreachable"})  # reasons that are news only when they last
@@ -435,6 +436,7 @@ class Shipper:
         self._worker = threading.Thread(target=self._run, name="shipper", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
+        self._finishing: asyncio.Future[list[None]] | None = None
         self._finish_by = 0.0
         self._started = threading.Event()
 
@@ -449,15 +451,38 @@ class Shipper:
         """One more root that this process writes to. May be called from any thread."""
         self._roots = self._roots | {destination.folder(self.spool, url): (destination.parse(url)[0], client_id)}
 
-    async def finish(self, timeout_seconds: float) -> None:
-        """Ships what is left, for ``timeout_seconds`` at most, and ends. The rest stays for the next process."""
+    async def finish(self, timeout_seconds: float, at_once: asyncio.Event | None = None) -> None:
+        """Ships what is left, for ``timeout_seconds`` at most, or until ``at_once`` is set, and ends.
+
+        The rest stays for the next process.
+        """
         self._finish_by = time.monotonic() + timeout_seconds
         self.stopping = True
         await asyncio.to_thread(self._started.wait)
-        if self._loop is not None and self._stop is not None:
+        self._call(self._stop_working)
+        end = asyncio.ensure_future(asyncio.to_thread(self._worker.join, timeout_seconds + END_SECONDS))
+        hurry = asyncio.ensure_future((at_once or asyncio.Event()).wait())
+        await asyncio.wait({end, hurry}, return_when=asyncio.FIRST_COMPLETED)
+        if hurry.done():
+            self._finish_by = 0.0
+            self._call(self._stop_finishing)
+            await asyncio.wait({end}, timeout=END_SECONDS)
+        hurry.cancel()
+
+    def _call(self, what: Callable[[], None]) -> None:
+        """Has the thread do it."""
+        if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # it has ended by itself
-                self._loop.call_soon_threadsafe(self._stop.set)
-        await asyncio.to_thread(self._worker.join, timeout_seconds + 2)
+                self._loop.call_soon_threadsafe(what)
+
+    def _stop_working(self) -> None:
+        assert self._stop is not None  # noqa: S101
+        self._stop.set()
+
+    def _stop_finishing(self) -> None:
+        self._stop_working()
+        if self._finishing is not None:
+            self._finishing.cancel()
 
     def states(self) -> list[LaneState]:
         """May be called from any thread."""
@@ -486,10 +511,10 @@ class Shipper:
                 runs |= {lane: asyncio.create_task(lane.run()) for lane in self._new_lanes()}
                 if await self.stopped_within(min(ADOPT_SECONDS, self.interval_seconds)):
                     break
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(self._loop.time() + self._finish_by - time.monotonic()):
-                    runs |= {lane: asyncio.create_task(lane.run()) for lane in self._new_lanes()}
-                    await asyncio.gather(*chores, *(self._finish(lane, run) for lane, run in runs.items()))
+            runs |= {lane: asyncio.create_task(lane.run()) for lane in self._new_lanes()}
+            self._finishing = asyncio.gather(*chores, *(self._finish(lane, run) for lane, run in runs.items()))
+            with contextlib.suppress(TimeoutError, asyncio.CancelledError):
+                await asyncio.wait_for(self._finishing, max(0.0, self._finish_by - time.monotonic()))
         finally:
             for task in (*chores, *runs.values()):
                 task.cancel()

@@ -451,11 +451,11 @@ async def test_a_second_sigterm_ends_at_once(shipping: Shipping, server: BlobSer
         await until(lambda: server.happened["hang"], SOON_SECONDS)
         proxy.signal(signal.SIGTERM)
         await until(lambda: "Stopping" in proxy.log())
-        while proxy.process.poll() is None:  # the handler goes just after the log line
+        while "Stopped" not in proxy.log():  # those that come at once are taken for the same signal
             proxy.signal(signal.SIGTERM)
             await asyncio.sleep(0.01)
-        assert proxy.process.returncode == -signal.SIGTERM
-        assert "Stopped" not in proxy.log()
+        assert await proxy.exit_status() == 1
+        assert stopped_account(proxy) == (200, 0, 0, 200)
     server.faults = None
     account = await shipping.deliver_rest()
     assert account[:2] == (200, 200)

@@ -20,7 +20,7 @@ from tests.processes.workers import TWO, replaced, workers_of
 MIB = 1024 * 1024
 GROWTH_BYTES = 24 * MIB
 Figure = Callable[[str, str], None]
-STEP_SECONDS = 6.0  # one of each fault within it
+STEP_SECONDS = 12.0  # one of each fault within it; who lives shorter is replaced later and later
 
 
 @patiently
