@@ -107,6 +107,9 @@ class Lane:
         pause = self._shipper.interval_seconds * random.random()  # noqa: S311 - so that replicas don't come all at once
         while not await self._shipper.stopped_within(pause):
             pause = await self.turn()
+            if self.trouble is not None and self.trouble.reason == "busy":
+                # Who is told that it is too much must not come sooner than otherwise (docs/scaling.md).
+                pause = max(pause, self._shipper.interval_seconds * random.uniform(0.75, 1.25))  # noqa: S311
 
     async def turn(self) -> float:
         """Ships what is there; the seconds until the next turn."""
