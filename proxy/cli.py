@@ -174,6 +174,8 @@ def _check(options: argparse.Namespace) -> int:
         rows.append((name, f"{root}/{FOLDERS[settings.data_collector.rolling_rate]}/*.jsonl"))
     if settings.sdk_endpoint is not None:
         rows.append(("frames", f"{settings.sdk_endpoint.listen} (custom logging)"))
+    if settings.admin is not None:
+        rows.append(("admin", settings.admin.listen))
     rows.append(("spool" if any(place.remote for place in found.values()) else "locks", str(spool_path(settings))))
     width = max(10, *(len(name) for name, _ in rows))
     for name, words in rows:
