@@ -55,7 +55,9 @@ KEPT_BYTES = 16 * 1024 * 1024
 LARGEST_KEPT_BYTES = 1024 * 1024
 OTHER_FILES = 256
 UNLIMITED_CONNECTIONS = 32 * 1024
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+# Each thread would get a heap of its own, and keep what it once needed; under the interpreter's lock two are enough.
+HEAPS = 2
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
 
 
 class StartError(Exception):
@@ -164,6 +166,7 @@ def _keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
         libc.mallopt(_M_MMAP_THRESHOLD, LARGEST_KEPT_BYTES)
+        libc.mallopt(_M_ARENA_MAX, HEAPS)
 
 
 def _allow_files(connections: int) -> None:

@@ -83,6 +83,7 @@ async def test_an_outage(shipping: Shipping, server: BlobServer, figure: Figure)
             during = traffic.seconds[before:].tolist()
             backlog, came_in = shipping.kept_bytes() - bytes_before, time.monotonic() - began
 
+            growth_during = proxy.peak_memory_bytes() - memory
             appends = server.requests["append"]
             await server.up()
             await until(lambda: server.requests["append"] > appends, SOON_SECONDS)  # it comes to look when it is due
@@ -95,7 +96,8 @@ async def test_an_outage(shipping: Shipping, server: BlobServer, figure: Figure)
         f"3, destination down for {OUTAGE_SECONDS} s at {OUTAGE_RATE} requests/s",
         f"{len(during)} exchanges meanwhile, p99 {percentile(traffic.seconds[:before].tolist(), 0.99):.1f} ms before, "
         f"{percentile(during, 0.99):.1f} ms during; backlog {backlog / 1e6:.1f} MB, caught up in {caught_up:.2f} s "
-        f"({came_in / caught_up:.0f} × as fast as it came); memory + {growth / MIB:.1f} MiB; account {account}",
+        f"({came_in / caught_up:.0f} × as fast as it came); memory + {growth_during / MIB:.1f} MiB during, "
+        f"+ {growth / MIB:.1f} MiB in all; account {account}",
     )
     assert len(during) > OUTAGE_SECONDS
     assert traffic.cut == set()
