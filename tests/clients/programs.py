@@ -120,3 +120,14 @@ def uvicorn(folder: Path, *flags: str) -> Iterator[Uvicorn]:
         process.kill()
         process.wait(SECONDS)
     assert "Traceback" not in log_path.read_text(), log_path.read_text()
+
+
+async def selftest(url: str, *options: str) -> str:
+    """What ``payload-logger selftest`` prints of a server; fails when it finds a difference."""
+    arguments = ("selftest", "--upstream", url, "--count", "20", "--quick", *options)
+    words = [sys.executable, "-m", "proxy", *arguments]
+    done = await asyncio.to_thread(
+        subprocess.run, words, env=environment({}), capture_output=True, text=True, timeout=2 * SECONDS
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

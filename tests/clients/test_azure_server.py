@@ -18,7 +18,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.clients.programs import SECONDS, wait_until
+from tests.clients.programs import SECONDS, selftest, wait_until
 from tests.custom_logging.sdk import environment
 from tests.drills.load import until
 from tests.harness import Proxy, proxy
@@ -168,3 +168,9 @@ async def test_connections_that_gunicorn_closes(server: str, tmp_path: Path) -> 
         account = await p.recorded(480)
         assert (account.received, account.discarded) == (480, {})
         assert not p.app.relay.faults
+
+
+async def test_the_self_test_finds_no_difference(server: str, tmp_path: Path) -> None:
+    (tmp_path / "body.json").write_text('{"data": [[1, 2]]}')
+    for options in (["--path", "/"], ["--path", "/score", "--body", str(tmp_path / "body.json")]):
+        assert "DIFFERS" not in await selftest(server, *options)

@@ -18,7 +18,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.typing import Subprotocol
 
-from tests.clients.programs import Uvicorn, uvicorn
+from tests.clients.programs import Uvicorn, selftest, uvicorn
 from tests.drills.load import until
 from tests.harness import Proxy, proxy
 
@@ -251,3 +251,9 @@ async def test_a_websocket_endpoint(server: Uvicorn, tmp_path: Path) -> None:
         await until(lambda: connections(p)[0] == connections(p)[1])
         await p.recorded(4)
         assert [line["statuscode"] for line in p.lines("response")] == [101, 403]
+
+
+async def test_the_self_test_finds_no_difference(server: Uvicorn, tmp_path: Path) -> None:
+    (tmp_path / "body.json").write_text('{"data": [[1, 2]]}')
+    for options in (["--path", "/"], ["--path", "/stream", "--body", str(tmp_path / "body.json")]):
+        assert "DIFFERS" not in await selftest(server.url, *options)

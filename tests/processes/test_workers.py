@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -220,25 +221,17 @@ async def test_a_port_that_is_taken_is_told_though_it_could_be_shared(model: str
         taken.listen()
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         variables = {name: value for name, value in os.environ.items() if not name.startswith("PAYLOAD_LOGGER_")}
-        process = await asyncio.create_subprocess_exec(
-            *(
-                sys.executable,
-                "-m",
-                "proxy",
-                "run",
-                "--upstream",
-                model,
-                "--listen",
-                address,
-                "--storage",
-                str(tmp_path / "d"),
-            ),
+        words = [sys.executable, "-m", "proxy", "run", "--upstream", model, "--listen", address]
+        process = await asyncio.to_thread(
+            subprocess.run,
+            [*words, "--storage", str(tmp_path / "data")],
             env=variables | {"PAYLOAD_LOGGER_PROXY_WORKERS": "2"},
-            stderr=asyncio.subprocess.PIPE,
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
-        _, log = await process.communicate()
     assert process.returncode == 1
-    assert f"proxy.listen: can't listen on {address}: the address is in use by another process" in log.decode()
+    assert f"proxy.listen: can't listen on {address}: the address is in use by another process" in process.stderr
 
 
 async def test_the_disk_budget_is_one_for_all(model: str, tmp_path: Path) -> None:
