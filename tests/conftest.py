@@ -23,6 +23,9 @@ def _nothing_leaks() -> Iterator[None]:
     threads = set(threading.enumerate())
     descriptors = _descriptors()
     yield
+    for thread in set(threading.enumerate()) - threads:
+        if thread.name.startswith("asyncio-waitpid"):  # of a child that has ended: it does so a moment later
+            thread.join(1)
     leaked = [thread.name for thread in set(threading.enumerate()) - threads if not thread.name.startswith("asyncio_")]
     assert not leaked, f"threads left running: {leaked}"
     more = _descriptors() - descriptors
