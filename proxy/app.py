@@ -128,6 +128,11 @@ async def running(
         await recording.start()
         stack.push_async_callback(recording.close)
 
+        frames, frames_address = None, None
+        if settings.sdk_endpoint is not None:
+            # Stopped after the traffic: a scoring script sends its last frames when it has answered.
+            frames, frames_address = await _serve_sdk(settings, settings.sdk_endpoint, recording.spool, stack, shared)
+
         limits = Limits(settings.proxy.max_head_bytes, settings.proxy.max_headers)
         relay = Relay(
             loop,
@@ -141,11 +146,9 @@ async def running(
             forwarded_headers=settings.proxy.forwarded_headers,
             rewrite_host=settings.proxy.host_header is HostHeader.UPSTREAM,
         )
-        app = App(settings, relay, recording, LoopDelay(loop))
-        if settings.sdk_endpoint is not None:
-            # Stopped after the traffic: a scoring script sends its last frames when it has answered.
-            await _serve_sdk(app, settings.sdk_endpoint, stack, shared)
         stack.push_async_callback(relay.close)
+        app = App(settings, relay, recording, LoopDelay(loop))
+        app.frames, app.custom_logging_address = frames, frames_address
         await _serve_traffic(app, shared)
         app.loop_delay.start()
         stack.callback(app.loop_delay.stop)
@@ -315,15 +318,17 @@ class _Recording:
             self._loop.call_soon_threadsafe(self.spool.retire, file)
 
 
-async def _serve_sdk(app: App, options: CustomLogging, stack: contextlib.AsyncExitStack, shared: Shared | None) -> None:
-    """Listens for the SDK. Raises StartError."""
+async def _serve_sdk(
+    settings: Settings, options: CustomLogging, spool: Spool, stack: contextlib.AsyncExitStack, shared: Shared | None
+) -> tuple[FrameEndpoint, str]:
+    """Listens for the SDK; where. Raises StartError."""
     from proxy.custom_logging.endpoint import FrameEndpoint  # with aiohttp's server: only where it is wanted
 
-    _write_sdk_config(app.settings)
-    app.frames = FrameEndpoint(app.settings, options, app.spool)
-    stack.push_async_callback(app.frames.close)
+    _write_sdk_config(settings)
+    frames = FrameEndpoint(settings, options, spool)
+    stack.push_async_callback(frames.close)
     with listening("custom_logging.listen", options.listen):
-        app.custom_logging_address = await app.frames.serve(_sockets("custom_logging.listen", options.listen, shared))
+        return frames, await frames.serve(_sockets("custom_logging.listen", options.listen, shared))
 
 
 def _write_sdk_config(settings: Settings) -> None:

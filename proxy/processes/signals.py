@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 
 # Some that start processes (timeout, tini -g) send a signal to the process and to its group: that is one signal.
 ECHO_SECONDS = 0.5
@@ -25,12 +27,11 @@ class Signals:
         self.reload = asyncio.Event()
         self._stopped_at = -ECHO_SECONDS
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGTERM, self._stop)
-        loop.add_signal_handler(signal.SIGHUP, self.reload.set)
-        if interrupts:
-            loop.add_signal_handler(signal.SIGINT, self._stop)
-        else:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # Not by loop.add_signal_handler: a loop that ends would give SIGTERM its default back, before the process has ended.
+        stop = partial(_call_soon, loop, self._stop)
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGINT, stop if interrupts else signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, partial(_call_soon, loop, self.reload.set))
 
     def _stop(self) -> None:
         now = time.monotonic()
@@ -46,9 +47,7 @@ class Signals:
 
     def close(self) -> None:
         """The process is about to end by itself: what comes now changes nothing, its exit status included."""
-        loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            loop.remove_signal_handler(number)
             signal.signal(number, signal.SIG_IGN)
 
     async def next(self) -> bool:
@@ -63,6 +62,11 @@ class Signals:
             return False
         self.reload.clear()
         return True
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[[], None], *_: object) -> None:
+    """A signal's handler runs in the midst of whatever the main thread does."""
+    loop.call_soon_threadsafe(callback)
 
 
 def end_quietly_until_ready() -> None:

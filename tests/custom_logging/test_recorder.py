@@ -199,14 +199,19 @@ async def test_of_those_that_are_written_together_each_learns_its_own_fate(tmp_p
         assert s.account.discarded == {"write_failed": 10}
 
 
-async def test_a_defect_of_ours_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_defect_of_ours_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: str) -> None:
+        raise ZeroDivisionError
+
     async with served(tmp_path) as s:
-        lines = s.endpoint._recorder.formats.pop("model_inputs")
-        assert await s.ask(frame()) == Answer(503, "not recorded: a defect of payload-logger")
+        with monkeypatch.context() as patch:
+            patch.setattr(s.endpoint._recorder, "format_of", fail)
+            assert await s.ask(frame()) == Answer(503, "not recorded: a defect of payload-logger")
         assert s.account.discarded == {"render_failed": 1}
-        s.endpoint._recorder.formats["model_inputs"] = lines
         assert await s.ask(frame()) == RECORDED
-    assert "KeyError" in caplog.text
+    assert "ZeroDivisionError" in caplog.text
 
 
 # --- large frames ---
