@@ -14,7 +14,7 @@ import socket
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -35,6 +35,7 @@ logger = logging.getLogger("payload_logger")
 ASK_EVERY_SECONDS = 5.0
 HUNG_SECONDS = 30.0  # a worker that does not answer for so long is ended, and replaced
 SCRAPE_SECONDS = 3.0  # for the answer to a scrape
+RELOAD_SECONDS = 10.0  # for a worker to take over other settings
 SHORT_LIFE_SECONDS = 10.0  # who lived no longer is not replaced at once
 LONGEST_PAUSE_SECONDS = 30.0
 FLUSH_SECONDS = 20.0  # what a worker may take to end, after drain_seconds
@@ -50,9 +51,9 @@ async def supervise(settings: Settings, read: serve.Read, signals: Signals, admi
         if admin is not None:
             admin.source = supervisor
         try:
-            await supervisor.start()
-            while await signals.next():
-                await supervisor.reload(read)
+            if not await _stopped_before(supervisor.start(), signals):
+                while await signals.next():
+                    await supervisor.reload(read)
             logger.info(
                 "Stopping: no new connections; exchanges in flight have %g s to finish.", settings.proxy.drain_seconds
             )
@@ -60,6 +61,19 @@ async def supervise(settings: Settings, read: serve.Read, signals: Signals, admi
             cut = await supervisor.stop(signals.stop_now)
     logger.info("Stopped: all workers have ended.")
     return 1 if cut else 0
+
+
+async def _stopped_before(start: Coroutine[Any, Any, None], signals: Signals) -> bool:
+    """Whether a signal came before the start was over. Raises what ``start`` raises."""
+    starting, stop = asyncio.ensure_future(start), asyncio.ensure_future(signals.stop.wait())
+    await asyncio.wait({starting, stop}, return_when=asyncio.FIRST_COMPLETED)
+    stop.cancel()
+    if starting.done():
+        starting.result()
+        return False
+    starting.cancel()
+    await asyncio.wait({starting})
+    return True
 
 
 class _Worker:
@@ -205,8 +219,11 @@ class Supervisor:
             await self._until_ready(one)
         self._started = True
         loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._keep(number)) for number in range(self._count)]
-        self._tasks += [loop.create_task(self._watch(number)) for number in range(self._count)]
+        self._tasks = [
+            loop.create_task(self._always(work, number))
+            for number in range(self._count)
+            for work in (self._keep, self._watch)
+        ]
         one = self._workers[0]
         logger.info("%s", serve.describe(self.settings, one.address or "", one.frames))
 
@@ -241,6 +258,14 @@ class Supervisor:
         )
         self._workers[number] = one = _Worker(number, process, channel)
         return one
+
+    async def _always(self, work: Callable[[int], Coroutine[Any, Any, None]], number: int) -> None:
+        while True:
+            try:
+                await work(number)
+            except Exception:
+                logger.exception("The supervisor has met a defect of payload-logger; it goes on.")
+                await asyncio.sleep(1)
 
     async def _keep(self, number: int) -> None:
         """Replaces the worker whenever it ends."""
@@ -282,10 +307,8 @@ class Supervisor:
             one = self._workers[number]
             if one.address is None:
                 continue
-            for seconds in (
-                HUNG_SECONDS,
-                ASK_EVERY_SECONDS,
-            ):  # twice: after a pause of the machine both clocks have run on
+            # Twice: after a pause of the machine both clocks have run on.
+            for seconds in (HUNG_SECONDS, ASK_EVERY_SECONDS):
                 try:
                     await asyncio.wait_for(one.ask({}), seconds)
                     break
@@ -326,20 +349,31 @@ class Supervisor:
         found = await serve.read_again(self.settings, read, self.reloads)
         if found is None:
             return
+        before, self.settings = self.settings, found.settings  # which a worker that is started meanwhile gets
         trouble: str | None = None
-        settings = msgspec.to_builtins(found.settings)
-        for number, one in sorted(self._workers.items()):
-            if one.address is None:
-                continue
-            with contextlib.suppress(ConnectionError):  # its successor gets the new settings
-                answer = await one.ask({"apply": settings, "worker": number})
-                trouble = answer["refused"]
+        for one in list(self._workers.values()):
+            trouble = await self._apply(one)
             if trouble is not None:
+                self.settings = before
                 break
         else:
-            self.settings = found.settings
-            logs.configure(found.settings.logs)
+            logs.configure(self.settings.logs)
         serve.tell_reloaded(found, trouble, self.reloads)
+
+    async def _apply(self, one: _Worker) -> str | None:
+        """Has a worker take over the settings; why it does not."""
+        try:
+            async with asyncio.timeout(RELOAD_SECONDS):
+                await one.known.wait()
+                if one.address is None:
+                    return None  # it has ended; its successor gets them
+                answer = await one.ask({"apply": msgspec.to_builtins(self.settings), "worker": one.number})
+        except ConnectionError:
+            return None
+        except TimeoutError:
+            return f"worker {one.number} does not answer"
+        refused: str | None = answer["refused"]
+        return refused
 
 
 async def _ends(workers: Sequence[_Worker]) -> bool:
