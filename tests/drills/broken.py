@@ -16,7 +16,8 @@ What makes a drill possible:
 keep:FOLDER        each file of lines has a second name in FOLDER, so that what was in it can be read when it is gone
 hasty              shorter waits for answers, and between tries: thousands of faults fit in minutes
 small-blocks       one append takes a few lines
-impatient          the supervisor asks its workers often, and waits for a moment only
+impatient          the supervisor asks its workers often, and waits for two seconds only
+polite             who stops waits longer for a last request, as clients on a busy machine may be late with it
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from pathlib import Path
 
 from proxy.cli import main
 from proxy.processes import supervisor, worker
+from proxy.relay import server as relay_server
 from proxy.shipping import azure_blob, mirror, shipper
 from proxy.spool import files
 from tests.drills.points import die_at
@@ -153,8 +155,12 @@ def worker_1_ends() -> None:
 
 
 def impatient() -> None:
-    supervisor.ASK_EVERY_SECONDS = 0.05
-    supervisor.HUNG_SECONDS = 0.3
+    supervisor.ASK_EVERY_SECONDS = 0.5
+    supervisor.HUNG_SECONDS = 2.0
+
+
+def polite() -> None:
+    relay_server.IDLE_STOP_SECONDS = 10.0
 
 
 FAULTS = {
@@ -170,6 +176,7 @@ FAULTS = {
     "small-blocks": small_blocks,
     "worker-1-ends": worker_1_ends,
     "impatient": impatient,
+    "polite": polite,
 }
 
 
