@@ -112,7 +112,7 @@ class Downstream(Connection):
                 if request is None:
                     break
                 self.busy = True
-                if not await Exchange(self._relay, self, request).run() or self.closing:
+                if not await Exchange(self._relay, self, request).run():
                     await self._linger()
                     break
                 self.busy = False
