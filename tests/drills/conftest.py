@@ -15,11 +15,13 @@ from tests.drills.load import REPOSITORY, PatientModel
 from tests.drills.shipping import Shipping
 from tests.harness import model_server
 
+Figure = Callable[[str, str], None]
+
 _figures = pytest.StashKey[list[tuple[str, str]]]()
 
 
 @pytest.fixture
-def figure(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+def figure(request: pytest.FixtureRequest) -> Figure:
     """``figure(drill, found)``: a row of the table that ``make drills`` ends with; what a drill found, beside that it passed."""
 
     def note(drill: str, found: str) -> None:

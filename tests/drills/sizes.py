@@ -24,6 +24,7 @@ FLAKY_APPENDS = size("FLAKY_APPENDS", 200, 5000)  # drill 4
 AMBIGUOUS_APPENDS = size("AMBIGUOUS_APPENDS", 100, 10_000)  # drill 5
 FOREIGN_WRITES = size("FOREIGN_WRITES", 5, 500)
 FORBIDDEN_SECONDS = size("FORBIDDEN_SECONDS", 3, 120)  # drill 6
+LARGE_MIB = size("LARGE_MIB", 32, 1024)  # drill 8: eight bodies of that size at once
 BREAK_STEP = size("BREAK_STEP", 23, 1)  # drill 9: bytes from one break to the next
 SLOWLORIS = size("SLOWLORIS", 100, 500)
 STOPS = size("STOPS", 1, 100)  # drill 11

@@ -9,7 +9,7 @@ import json
 import re
 import signal
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -17,13 +17,13 @@ from typing import TypeVar
 import pytest
 
 from proxy.settings import MIB
+from tests.drills.conftest import Figure
 from tests.drills.load import Dataset, ProxyProcess, Traffic, post, proxy_process, read_answer, stopped_account, until
 from tests.drills.sizes import BREAK_STEP, SLOWLORIS, patiently
 from tests.harness import model_server, read_request
 from tests.relay.wire import reset
 
 pytestmark = patiently
-Figure = Callable[[str, str], None]
 T = TypeVar("T")
 
 BODY = b'{"data": "%b"}' % (b"x" * 250)

@@ -10,7 +10,6 @@ import random
 import resource
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
 
@@ -21,6 +20,7 @@ from proxy.shipping.shipper import BODIES_AT_ONCE, FILES_AT_ONCE, FIRST_RETRY_SE
 from tests.azure import faults
 from tests.azure.blob_server import BlobServer
 from tests.azure.faults import Fault, Refusal
+from tests.drills.conftest import Figure
 from tests.drills.load import PatientModel, Request, one_each, post, read_answer, stopped_account, until
 from tests.drills.shipping import (
     FOREIGN,
@@ -50,7 +50,6 @@ from tests.drills.sizes import (
 )
 
 GROWTH_BYTES = 32 * MIB
-Figure = Callable[[str, str], None]
 
 
 # --- 3: the destination is down ---

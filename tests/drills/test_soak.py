@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from tests.azure.blob_server import BlobServer
 from tests.azure.faults import ambiguous, either, flaky
+from tests.drills.conftest import Figure
 from tests.drills.load import ProxyProcess, Traffic, post
 from tests.drills.shipping import SOON_SECONDS, Shipping, blobs_of, compare
 from tests.drills.sizes import SEED, SOAK_SECONDS, patiently
@@ -19,7 +20,6 @@ from tests.processes.workers import TWO, replaced, workers_of
 
 MIB = 1024 * 1024
 GROWTH_BYTES = 24 * MIB
-Figure = Callable[[str, str], None]
 STEP_SECONDS = 12.0  # one of each fault within it; who lives shorter is replaced later and later
 
 
