@@ -153,6 +153,8 @@ class Forwarding:
         scheme, original_host = self._scheme, host
         if self._mode is ForwardedHeaders.APPEND:
             for name, value in sent:
+                if not value:
+                    continue  # it says nothing
                 if name == b"x-forwarded-for":
                     addresses.append(value)
                 elif name == b"x-forwarded-proto":

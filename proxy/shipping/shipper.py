@@ -436,6 +436,7 @@ class Shipper:
         self._lanes: dict[Path, Lane] = {}
         self._opened: deque[LineFile] = deque()
         self._is_blind = False  # the spool can't be looked through
+        self._disordered: set[Path] = set()  # what dead processes left and can't be put in order: there was a warning
         self._worker = threading.Thread(target=self._run, name="shipper", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
@@ -551,7 +552,7 @@ class Shipper:
     def _new_lanes(self) -> list[Lane]:
         """Puts in order what processes left that have died; hands the new files to their lanes; the lanes that are new."""
         try:
-            recovered = recovery.recover(self.spool)
+            recovered = recovery.recover(self.spool, self._disordered)
             opened = len(self._opened)  # not those that come meanwhile: their folders may not be among the found ones
             found = list(destination.destinations(self.spool))
         except OSError as error:

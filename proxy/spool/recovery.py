@@ -74,8 +74,12 @@ class Recovered:
     orphans: int = 0
 
 
-def recover(folder: Path) -> Recovered:
-    """Puts the files of dead processes in order. A file that can't be put in order is left, with a warning."""
+def recover(folder: Path, told: set[Path] | None = None) -> Recovered:
+    """Puts the files of dead processes in order. A file that can't be put in order is left, with a warning.
+
+    ``told``: the files of which there was a warning already.
+    """
+    told = set() if told is None else told
     processes = torn = orphans = 0
     for journal in sorted(folder.glob("*.journal")):
         try:
@@ -99,7 +103,11 @@ def recover(folder: Path) -> Recovered:
                         torn += cut_torn_line(path)
                 except OSError as error:
                     in_order = False
-                    logger.warning("Could not put %s in order: %s; it is tried again at the next start.", path, error)
+                    if path not in told:
+                        logger.warning(
+                            "Could not put %s in order: %s; what its process left waits for it.", path, error
+                        )
+                    told.add(path)
             if in_order:
                 journal.unlink(missing_ok=True)
         finally:

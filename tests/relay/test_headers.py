@@ -147,6 +147,11 @@ CLIENT_SENT = [(b"x-forwarded-for", b"1.1.1.1"), (b"X-Forwarded-For", b"2.2.2.2"
             [(b"X-Forwarded-Host", b"public")],
             [b"X-Forwarded-For: 10.0.0.1", b"X-Forwarded-Proto: http", b"X-Forwarded-Host: public"],
         ),
+        (
+            "append",
+            [(name, b"") for name in (b"X-Forwarded-For", b"X-Forwarded-Proto", b"X-Forwarded-Host")],
+            [b"X-Forwarded-For: 10.0.0.1", b"X-Forwarded-Proto: http", b"X-Forwarded-Host: h"],
+        ),
         ("replace", CLIENT_SENT, [b"X-Forwarded-For: 10.0.0.1", b"X-Forwarded-Proto: http", b"X-Forwarded-Host: h"]),
         ("off", [], []),
         ("off", CLIENT_SENT, [name + b": " + value for name, value in CLIENT_SENT]),

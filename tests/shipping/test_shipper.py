@@ -520,9 +520,9 @@ async def test_the_files_of_a_living_process_are_not_touched(new: Processes, acc
 
 
 async def test_files_that_are_not_in_order_yet_are_not_touched(
-    new: Processes, account: Account, tmp_path: Path
+    new: Processes, account: Account, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The journal is there as long as one of its files is not."""
+    """The journal is there as long as one of its files is not; the log says it once."""
     dead = new(REQUEST)
     dead.write(1)
     (tmp_path / "folder").mkdir()
@@ -531,6 +531,7 @@ async def test_files_that_are_not_in_order_yet_are_not_touched(
     process = new(REQUEST)
     await process.turn(2)
     assert account.trace == []
+    assert caplog.text.count("Could not put") == 1
     (tmp_path / "folder").rmdir()
     await process.turn(2)
     assert process.cloud.numbers() == [1]
@@ -1114,12 +1115,12 @@ async def test_a_spool_that_can_t_be_read_for_now(
     failed = 0
     recover = recovery.recover
 
-    def fail(spool: Path) -> object:
+    def fail(spool: Path, told: set[Path]) -> object:
         nonlocal failed
         if failing.is_set():
             failed += 1
             raise OSError(errno.EIO, "Input/output error")
-        return recover(spool)
+        return recover(spool, told)
 
     monkeypatch.setattr(recovery, "recover", fail)
     process = new(REQUEST)
