@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import errno
 import gc
+import itertools
 import logging
 import os
 import resource
@@ -31,7 +32,7 @@ from proxy.settings import CustomLogging, Durability, HostHeader, Settings
 from proxy.shipping import destination
 from proxy.shipping.azure_blob import Azure
 from proxy.shipping.azureml import DataAsset, assets
-from proxy.shipping.shipper import Shipper
+from proxy.shipping.shipper import Chore, Shipper
 from proxy.spool import recovery
 from proxy.spool.budget import Budget
 from proxy.spool.files import Files, LineFile, make_folders
@@ -201,6 +202,7 @@ class _Recording:
         self._registers = shared is None or shared.worker == 0  # of several processes one will do
         self.ends_at = loop.time()  # until when shipping may go on when the proxy stops
         self.places = places(settings)
+        self._azure = Azure(os.environ, settings.management_url)
         process_id = new_process_id()
         self.shipper = self._new_shipper(process_id) if any(place.remote for place in self.places.values()) else None
         self._process_id = process_id
@@ -240,13 +242,15 @@ class _Recording:
         for name, place in new.items():
             if place.remote and self.shipper is None:
                 raise StartError(f"data_collector.collections.{name}: nothing was shipped so far; that needs a restart")
+        chores = self._chores(settings, new)
         try:
             await asyncio.to_thread(self._make_folders, *(place.root for place in new.values()))
         except OSError as error:
             raise StartError(f"can't write to {error.filename}: {error.strerror}") from error
         for name, place in new.items():
             if self.shipper is not None and place.remote:
-                self.shipper.add_root(place.root_url, settings.data_collector.collections[name].client_id)
+                client_id = settings.data_collector.collections[name].client_id
+                self.shipper.add_root(place.root_url, client_id, chores[name])
             self.places[name] = place
 
     def _make_folders(self, *paths: Path) -> None:
@@ -281,36 +285,34 @@ class _Recording:
 
     def _new_shipper(self, process_id: str) -> Shipper:
         settings = self._settings
-        azure = Azure(os.environ, settings.management_url)
-        urls = {place.root_url: name for name, place in self.places.items() if place.remote}
-        client_ids = {url: settings.data_collector.collections[name].client_id for url, name in urls.items()}
-        try:
-            wanted = assets(settings, {name: url for url, name in urls.items()})
-        except ValueError as error:
-            raise StartError(str(error)) from error
+        collections = settings.data_collector.collections
         return Shipper(
             spool_path(settings),
             process_id=process_id,
-            urls=client_ids,
-            open_store=azure.store,
-            close=azure.close,
+            urls={place.root_url: collections[name].client_id for name, place in self.places.items() if place.remote},
+            open_store=self._azure.store,
+            close=self._azure.close,
             retire=self._retire,
             ledger=self.ledger,
             budget=self.budget,
             interval_seconds=settings.storage.ship_interval,
-            chores=[
-                *(
-                    partial(_learn_urls, azure, self.places[name], client_ids[url])
-                    for url, name in urls.items()
-                    if url.startswith("azureml:")
-                ),
-                *(
-                    partial(_register, azure, asset, client_ids.get(asset.data_uri))
-                    for asset in wanted
-                    if self._registers
-                ),
-            ],
+            chores=list(itertools.chain.from_iterable(self._chores(settings, self.places).values())),
         )
+
+    def _chores(self, settings: Settings, new: Mapping[str, Place]) -> dict[str, list[Chore]]:
+        """What is to be done once at Azure for these places of collections. Raises StartError."""
+        try:
+            wanted = assets(settings, {name: place.root_url for name, place in new.items()})
+        except ValueError as error:
+            raise StartError(str(error)) from error
+        found: dict[str, list[Chore]] = {}
+        for name, place in new.items():
+            client_id, chores = settings.data_collector.collections[name].client_id, found.setdefault(name, [])
+            if place.root_url.startswith("azureml:"):
+                chores.append(partial(_learn_urls, self._azure, place, client_id))
+            if name in wanted and self._registers:
+                chores.append(partial(_register, self._azure, wanted[name], client_id))
+        return found
 
     def _retire(self, file: LineFile) -> None:
         """Called in the shipper's thread."""

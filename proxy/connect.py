@@ -137,7 +137,7 @@ async def _remote(settings: Settings, azure: Azure) -> AsyncIterator[Finding]:
         finally:
             await store.close()
     try:
-        for asset in assets(settings, {name: place.root_url for name, place in places(settings).items()}):
+        for asset in assets(settings, {name: place.root_url for name, place in places(settings).items()}).values():
             yield Finding(None, f"asset    {asset.name}, version {asset.version}, will stand for {asset.data_uri}")
     except ValueError as error:
         yield Finding(False, str(error))

@@ -76,12 +76,13 @@ class DataAsset:
     data_uri: str
 
 
-def assets(settings: Settings, roots: Mapping[str, str]) -> list[DataAsset]:
-    """The data assets of the enabled collections. ``roots`` are the URLs of their folders; local ones have no asset.
+def assets(settings: Settings, roots: Mapping[str, str]) -> dict[str, DataAsset]:
+    """The data asset of each enabled collection. ``roots`` are the URLs of their folders; local ones have no asset.
 
     In a default name, what Azure takes in no name becomes "-". Raises ValueError for a name that Azure does not take.
     """
-    workspace, found = settings.azureml, []
+    workspace = settings.azureml
+    found: dict[str, DataAsset] = {}
     for collection, one in settings.data_collector.collections.items():
         root = roots.get(collection, "")
         if workspace is None or not one.enabled or not root.startswith(("azureml://", "https://")):
@@ -96,7 +97,7 @@ def assets(settings: Settings, roots: Mapping[str, str]) -> list[DataAsset]:
             )
         ids = (workspace.subscription_id, workspace.resource_group, workspace.workspace_name)
         uri = destination.long_form(root, *ids) if root.startswith("azureml:") else root
-        found.append(DataAsset(*ids, name, data.version, uri))
+        found[collection] = DataAsset(*ids, name, data.version, uri)
     return found
 
 

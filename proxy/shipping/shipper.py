@@ -20,6 +20,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -35,7 +36,7 @@ from proxy.spool.layout import lines_process, shipped_body
 
 logger = logging.getLogger("payload_logger.shipping")
 
-FILES_AT_ONCE = 3  # appends in flight, of up to 4 MiB each
+FILES_AT_ONCE = 3  # appends in flight, of up to MAX_APPEND_BYTES each
 BODIES_AT_ONCE = 8  # puts of small bodies in flight
 SMALL_BYTES = 256 * 1024
 MOST_LEFT = 1000  # bodies that failed and are tried again before anything else is looked at
@@ -432,6 +433,7 @@ class Shipper:
         self._open_store = open_store
         self._close = close
         self._chores = chores
+        self._doing: list[asyncio.Task[None]] = []
         self._stores: dict[tuple[Destination, str | None], Store] = {}
         self._lanes: dict[Path, Lane] = {}
         self._opened: deque[LineFile] = deque()
@@ -451,8 +453,9 @@ class Shipper:
     def start(self) -> None:
         self._worker.start()
 
-    def add_root(self, url: str, client_id: str | None) -> None:
-        """One more root that this process writes to. May be called from any thread."""
+    def add_root(self, url: str, client_id: str | None, chores: Sequence[Chore] = ()) -> None:
+        """One more root that this process writes to, and what is to be done once for it. May be called from any thread."""
+        self._call(partial(self._begin, chores))
         self._roots = self._roots | {destination.folder(self.spool, url): (destination.parse(url)[0], client_id)}
 
     async def finish(self, timeout_seconds: float, at_once: asyncio.Event | None = None) -> None:
@@ -508,7 +511,7 @@ class Shipper:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         self._started.set()
-        chores = [asyncio.create_task(self._do(chore)) for chore in self._chores]
+        self._begin(self._chores)
         runs: dict[Lane, asyncio.Task[None]] = {}
         try:
             while True:
@@ -516,13 +519,13 @@ class Shipper:
                 if await self.stopped_within(min(ADOPT_SECONDS, self.interval_seconds)):
                     break
             runs |= {lane: asyncio.create_task(lane.run()) for lane in self._new_lanes()}
-            self._finishing = asyncio.gather(*chores, *(self._finish(lane, run) for lane, run in runs.items()))
+            self._finishing = asyncio.gather(*self._doing, *(self._finish(lane, run) for lane, run in runs.items()))
             with contextlib.suppress(TimeoutError, asyncio.CancelledError):
                 await asyncio.wait_for(self._finishing, max(0.0, self._finish_by - time.monotonic()))
         finally:
-            for task in (*chores, *runs.values()):
+            for task in (*self._doing, *runs.values()):
                 task.cancel()
-            await asyncio.gather(*chores, *runs.values(), return_exceptions=True)
+            await asyncio.gather(*self._doing, *runs.values(), return_exceptions=True)
             for lane in self._lanes.values():
                 lane.close()
             for store in self._stores.values():
@@ -597,6 +600,9 @@ class Shipper:
             return None
         nearest = max(roots, key=lambda root: len(os.path.commonpath((root, path))))
         return self._roots[nearest][1]
+
+    def _begin(self, chores: Sequence[Chore]) -> None:
+        self._doing += [asyncio.create_task(self._do(chore)) for chore in chores]
 
     async def _do(self, chore: Chore) -> None:
         """Until it works, or the shipper stops."""

@@ -308,25 +308,25 @@ def test_each_enabled_collection_is_an_asset() -> None:
         "model_inputs": "azureml://datastores/Other/paths/a/Folder",
     }
     ids = (SUBSCRIPTION, GROUP, WORKSPACE)
-    assert assets(chosen, roots) == [
-        DataAsset(*ids, "e-d-request", "1", URI),
-        DataAsset(*ids, "mine", "7", "https://myaccount.blob.core.windows.net/c/e/d/response"),
-        DataAsset(*ids, "e-d-model_inputs", "1", f"{HEAD}/datastores/Other/paths/a/Folder"),
-    ]
+    assert assets(chosen, roots) == {
+        "request": DataAsset(*ids, "e-d-request", "1", URI),
+        "response": DataAsset(*ids, "mine", "7", "https://myaccount.blob.core.windows.net/c/e/d/response"),
+        "model_inputs": DataAsset(*ids, "e-d-model_inputs", "1", f"{HEAD}/datastores/Other/paths/a/Folder"),
+    }
 
 
 def test_what_is_not_enabled_or_not_in_azure_is_no_asset() -> None:
     chosen = settings(request=ENABLED, response=Collection(enabled=False), a=ENABLED, b=ENABLED)
     roots = {"request": "file:///data/e/d/request", "response": URI, "a": "http://127.0.0.1:10000/devstoreaccount1/c/a"}
-    assert assets(chosen, roots) == []
+    assert assets(chosen, roots) == {}
 
 
 def test_without_a_workspace_there_are_no_assets() -> None:
-    assert assets(settings(azureml=False, request=ENABLED), {"request": URI}) == []
+    assert assets(settings(azureml=False, request=ENABLED), {"request": URI}) == {}
 
 
 def test_a_default_name_is_one_that_azure_takes() -> None:
-    [asset] = assets(settings(endpoint_name="my.endpoint é", request=ENABLED), {"request": URI})
+    asset = assets(settings(endpoint_name="my.endpoint é", request=ENABLED), {"request": URI})["request"]
     assert asset.name == "my-endpoint---d-request"
 
 
@@ -341,7 +341,7 @@ def test_a_name_that_azure_does_not_take_is_an_error(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["a", "0-_", "x" * 255])
 def test_a_name_that_azure_takes(name: str) -> None:
-    [asset] = assets(settings(request=Collection(enabled=True, data=Data(name=name))), {"request": URI})
+    asset = assets(settings(request=Collection(enabled=True, data=Data(name=name))), {"request": URI})["request"]
     assert asset.name == name
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
 import pytest
 
+from proxy.settings import Collection
 from tests.azure import faults
 from tests.azure.arm_server import arm_server
 from tests.azure.azurite import ACCOUNT_KEY
@@ -94,6 +96,39 @@ async def test_a_datastore(
         }
         secret = ACCOUNT_KEY[:20]
         assert secret not in caplog.text
+
+
+async def test_a_collection_that_a_reload_enables_is_registered_and_shipped_too(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with blob_server() as blobs, arm_server() as arm, identity() as endpoint:
+        for name, value in endpoint.environment.items():
+            monkeypatch.setenv(name, value)
+        arm.subscription, arm.group, arm.workspace, arm.further_tokens = "s", "r", "w", endpoint.issued
+        blobs.containers.add("mdc")
+        secrets = {"secretsType": "AccountKey", "key": ACCOUNT_KEY}
+        place = {"accountName": ACCOUNT, "containerName": "payloads", "protocol": "http"}
+        arm.add_datastore("store", secrets=secrets, endpoint=f"localhost:{blobs.port}", **place)
+        async with proxy(
+            model,
+            "azureml://datastores/store/paths/mdc/x",  # type: ignore[arg-type]
+            spool__path=str(tmp_path / "spool"),
+            storage__ship_interval=0.05,
+            data_collector={"collections": {"request": {"enabled": True}}},
+            azureml={**WORKSPACE, "management_url": arm.url},
+        ) as p:
+            await until(lambda: len(arm.data) == 1)
+            both = {name: Collection(enabled=True) for name in ("request", "response")}
+            chosen = msgspec.structs.replace(p.app.settings.data_collector, collections=both)
+            await p.app.apply(msgspec.structs.replace(p.app.settings, data_collector=chosen))
+            await until(lambda: len(arm.data) == 2)
+            resolved = f"http://{ACCOUNT}.blob.localhost:{blobs.port}/payloads/mdc/x"
+            await until(lambda: urls(p)["response"] == f"{resolved}/local-endpoint/default/response")
+            async with aiohttp.ClientSession() as session, session.post(f"{p.url}/classify", data=b"{}") as answer:
+                assert answer.status == 200
+            await until(lambda: p.account().received == p.account().delivered == 2)
+        assert set(arm.data) == {("local-endpoint-default-request", "1"), ("local-endpoint-default-response", "1")}
+        assert len(blobs.lines("mdc/x/local-endpoint/default/response/")) == 1
 
 
 def urls(p: Any) -> dict[str, str]:

@@ -163,7 +163,7 @@ def test_the_blob_is_the_file(shipped: Shipped, store: MemoryStore) -> None:
 
 
 def test_all_that_fits_goes_in_one_append(shipped: Shipped, store: MemoryStore) -> None:
-    line = b"x" * 999_999 + b"\n"
+    line = b"x" * (MAX_APPEND_BYTES // 5) + b"\n"
     shipped.write(*[line] * 6)
     shipped.finish()
     assert [len(block) for block in store.blobs[NAME].blocks] == [4 * len(line), 2 * len(line)]
