@@ -42,7 +42,7 @@ MEASURED: dict[str, tuple[float, int, int]] = {
     "714 B, as assumed below": (REQUESTS_PER_SECOND, 714, 241),
 }
 FIELDS_BYTES = 546  # what a line has beside the body
-PROCESS_BYTES_PER_SECOND = 196e6  # a backlog is shipped at this pace
+PROCESS_BYTES_PER_SECOND = 230e6  # a backlog is shipped at this pace
 RATES = tuple(REQUESTS_PER_SECOND * (body + FIELDS_BYTES) for body in (714, 241))  # bytes/s: requests, responses
 
 HOUR, MONTH_HOURS = 3600.0, 720

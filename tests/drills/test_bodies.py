@@ -131,7 +131,8 @@ async def test_large_bodies_take_no_memory_and_stay_whole(
 ) -> None:
     storage = tmp_path / "data"
     # After max_hold without progress bodies are given up, as on a disk that hangs; a busy machine must not look like one.
-    async with proxy_process(large_model.url, storage, spool__max_hold="20s") as proxy:
+    room = f"{4 * at_once * length_mib}MiB"
+    async with proxy_process(large_model.url, storage, spool__max_hold="20s", spool__max_bytes=room) as proxy:
         growth = await drill(proxy, storage, sums, at_once=at_once, length_mib=length_mib)
     figure(
         f"{at_once} bodies of {length_mib} MiB at once, each way",
