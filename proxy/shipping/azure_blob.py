@@ -151,14 +151,15 @@ class AzureBlobStore:
             return
 
     async def append(self, name: str, data: bytes, position: int) -> None:
-        block = io.BytesIO(data)
-        async with self._blob(name) as blob:
-            await blob.append_block(
-                block,
-                len(data),
-                appendpos_condition=position,
-                raw_response_hook=lambda _: block.seek(0),  # the SDK sends it again when a token is refused
-            )
+        # Closed at the end: what the SDK keeps of a request in cycles would keep its megabytes until they are collected.
+        with io.BytesIO(data) as block:
+            async with self._blob(name) as blob:
+                await blob.append_block(
+                    block,
+                    len(data),
+                    appendpos_condition=position,
+                    raw_response_hook=lambda _: block.seek(0),  # the SDK sends it again when a token is refused
+                )
 
     async def read(self, name: str, start: int, size: int) -> bytes:
         with contextlib.suppress(_BeyondError):

@@ -221,21 +221,25 @@ class Mirror:
     # --- the file ---
 
     def _block(self, start: int, until: int) -> bytes:
-        """The next whole lines: as many as fit in one append, at least one."""
-        block = os.pread(self._fd, min(MAX_APPEND_BYTES, until - start), start)
-        if start + len(block) == until:
-            return block
-        end = block.rfind(b"\n") + 1
-        if end:
-            return block[:end]
-        parts = [block]
-        start += len(block)
-        while start < until and not end:
+        """The next whole lines: as many as fit in one append, at least one. Raises FileCutError."""
+        end = until if until - start <= MAX_APPEND_BYTES else last_line_end(self._fd, start + MAX_APPEND_BYTES)
+        if end <= start:  # one line is longer
+            end = self._end_of_line(start + MAX_APPEND_BYTES, until)
+        block = os.pread(self._fd, end - start, start)
+        if len(block) < end - start:
+            raise FileCutError(self.path.name)
+        return block
+
+    def _end_of_line(self, start: int, until: int) -> int:
+        while start < until:
             part = os.pread(self._fd, min(_READ_BYTES, until - start), start)
-            end = part.find(b"\n") + 1
-            parts.append(part[:end] if end else part)
+            if not part:
+                break
+            newline = part.find(b"\n")
+            if newline >= 0:
+                return start + newline + 1
             start += len(part)
-        return b"".join(parts)
+        return until
 
     def _lines(self, start: int, end: int) -> int:
         lines = 0

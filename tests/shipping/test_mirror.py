@@ -474,6 +474,24 @@ def test_a_file_that_somebody_cuts_does_not_hang(shipped: Shipped, store: Memory
     assert not store.blobs or store.blobs[NAME].data == b""
 
 
+@pytest.mark.parametrize("length", [0, 2, len(LINE), MAX_APPEND_BYTES + 100])
+def test_a_file_that_somebody_cuts_while_its_blob_is_made_is_not_shipped_in_part(
+    shipped: Shipped, store: MemoryStore, length: int
+) -> None:
+    shipped.write(LINE, b"x" * (MAX_APPEND_BYTES + 1000) + b"\n")
+
+    def cut(operation: str, _name: str) -> None:
+        if operation == "create":
+            os.truncate(shipped.file.path, length)
+
+    store.plan = cut
+    until = shipped.mirror.length
+    with pytest.raises(FileCutError):
+        for _ in range(2):
+            run(shipped.mirror.ship(until))
+    assert store.blobs[NAME].data == (LINE if length >= len(LINE) else b"")
+
+
 def test_a_file_that_is_cut_and_written_again_is_not_mixed_up(shipped: Shipped, store: MemoryStore) -> None:
     shipped.write(b"first\n")
     shipped.ship()
