@@ -1,7 +1,7 @@
 """What many proxies do to one storage account: ``python benchmarks/scaling.py`` prints the tables of docs/scaling.md.
 
 Time is the simulation's own, so that an hour of 10,000 processes takes seconds. A process has one ``Lane``, which does what
-``proxy.shipping.shipper.Lane`` does, with the constants and the ``Backoff`` of that module: a random start, a pause of one
+``proxy.shipping.lane.Lane`` does, with the constants and the ``Backoff`` of that module: a random start, a pause of one
 interval after each turn, FILES_AT_ONCE files at a time, appends of at most MAX_APPEND_BYTES, a new file heard of at the next
 look (ADOPT_SECONDS), and asked for and made before its first append. ``tests/test_scaling.py`` runs the real ``Lane`` beside it.
 
@@ -23,8 +23,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it sees its own folder only
 
 from proxy.settings import Spool, Storage
+from proxy.shipping.lane import FILES_AT_ONCE, MIRRORS, TOLD_AFTER, Backoff
 from proxy.shipping.mirror import FULL_BLOCKS
-from proxy.shipping.shipper import ADOPT_SECONDS, FILES_AT_ONCE, MIRRORS, TOLD_AFTER, Backoff
+from proxy.shipping.shipper import ADOPT_SECONDS
 from proxy.shipping.store import MAX_APPEND_BYTES
 
 # Published: on the pages that docs/scaling.md names.

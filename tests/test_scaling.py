@@ -22,7 +22,7 @@ import pytest
 
 from proxy.settings import RollingRate
 from proxy.shipping.destination import Destination
-from proxy.shipping.shipper import LONGEST_RETRY_AFTER_SECONDS, LONGEST_RETRY_SECONDS, Backoff
+from proxy.shipping.lane import LONGEST_RETRY_AFTER_SECONDS, LONGEST_RETRY_SECONDS, Backoff
 from proxy.shipping.store import NotNow
 from proxy.spool.layout import instance_id, partition
 from tests.shipping.bench import NOON, URL, Process

@@ -1,8 +1,6 @@
-"""Azure Blob Storage as a Store. The only module that imports ``azure.*``, and it does so when it is first needed.
+"""Azure Blob Storage as a Store. With ``azure_errors.py`` the only one that imports ``azure.*``, when it is first needed.
 
 The SDK's own retries are off: a block that is sent again has to be sent at the same position, which only shipping knows.
-Errors are told apart by Azure's error codes:
-https://learn.microsoft.com/rest/api/storageservices/blob-service-error-codes
 """
 
 from __future__ import annotations
@@ -14,18 +12,17 @@ import io
 import json
 import logging
 import os
-import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs, urlsplit
 
 from proxy.shipping import credentials
+from proxy.shipping.azure_errors import BeyondError, ExistsError, azure_errors
 from proxy.shipping.azureml import ControlPlane, ResolvedDatastore
+from proxy.shipping.credentials import Opened
 from proxy.shipping.destination import Container, Destination
 from proxy.shipping.store import (
     AbsentError,
@@ -38,7 +35,6 @@ from proxy.shipping.store import (
 
 if TYPE_CHECKING:
     from azure.core.credentials_async import AsyncTokenCredential
-    from azure.core.exceptions import AzureError, HttpResponseError
     from azure.storage.blob.aio import BlobClient, ContainerClient
 
 STORAGE_SCOPE = "https://storage.azure.com/.default"
@@ -49,17 +45,6 @@ SLOWEST_BYTES_PER_SECOND = 64 * 1024
 PART_BYTES = 4 * 1024 * 1024  # larger bodies go up in blocks of this size
 LINES_TYPE = "application/x-ndjson"
 _CREDENTIAL_REASONS = frozenset({"identity", "forbidden"})
-_ROLE = "Storage Blob Data Contributor"
-_NO_APPEND_BLOBS = frozenset(
-    {
-        "BlobTypeNotSupported",
-        "BlobOperationNotSupported",
-        "FeatureNotSupportedForAccount",
-        "FeatureNotYetSupportedForHierarchicalNamespaceAccounts",
-        "OperationNotSupportedOnPremiumStorage",
-        "UnsupportedBlobType",
-    }
-)
 
 
 class Azure:
@@ -90,7 +75,7 @@ class Azure:
 
     async def token(self, scope: str, client_id: str | None = None) -> str:
         """A bearer token. Raises NotNow."""
-        with _azure_errors(scope):
+        with azure_errors(scope):
             async with asyncio.timeout(CALL_SECONDS):
                 return (await self.identity(client_id).get_token(scope)).token
         raise AssertionError
@@ -146,7 +131,7 @@ class AzureBlobStore:
                     )
             except _ContainerMadeError:
                 continue
-            except _ExistsError:
+            except ExistsError:
                 pass
             return
 
@@ -162,7 +147,7 @@ class AzureBlobStore:
                 )
 
     async def read(self, name: str, start: int, size: int) -> bytes:
-        with contextlib.suppress(_BeyondError):
+        with contextlib.suppress(BeyondError):
             async with self._blob(name) as blob:
                 content: bytes = await (await blob.download_blob(start, size)).readall()
                 return content
@@ -236,7 +221,7 @@ class AzureBlobStore:
         client = await self._open()
         self._calls += 1
         try:
-            with _azure_errors(self.url, self._opened):
+            with azure_errors(self.url, self._opened):
                 async with asyncio.timeout(CALL_SECONDS + more_seconds):
                     yield client.get_blob_client(name)
         except NotNow as error:
@@ -250,7 +235,7 @@ class AzureBlobStore:
 
     async def _make_container(self, client: ContainerClient) -> None:
         try:
-            with contextlib.suppress(_ExistsError), _azure_errors(self.url, self._opened):
+            with contextlib.suppress(ExistsError), azure_errors(self.url, self._opened):
                 async with asyncio.timeout(CALL_SECONDS):
                     await client.create_container()
         except NotNow as error:
@@ -309,153 +294,8 @@ class AzureBlobStore:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """Where a store leads, and by what right: a secret, or an identity, that of ``client_id`` if there is one."""
-
-    container: Container
-    secret: credentials.Secret | None
-    client_id: str | None
-
-    @property
-    def right(self) -> str:
-        """In words."""
-        if self.secret is None:
-            return f"the identity with client id {self.client_id}" if self.client_id else "this machine's identity"
-        return f"{'the account key' if self.secret.account_key else 'the SAS'} of {self.secret.source}"
-
-
-class _ExistsError(Exception):
-    """What was to be made is there already."""
-
-
 class _ContainerMadeError(AbsentError):
     """The container was missing, and is there now, empty."""
-
-
-class _BeyondError(Exception):
-    """The blob ends before that."""
-
-
-class _azure_errors:  # noqa: N801
-    """Turns what the SDK raises into the words of Store: ``with _azure_errors(url, opened): …``."""
-
-    def __init__(self, url: str, opened: Opened | None = None) -> None:
-        self._url = url
-        self._opened = opened
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, _traceback: object) -> None:
-        if error is None:
-            return
-        from azure.core.exceptions import (
-            AzureError,
-            ClientAuthenticationError,
-            HttpResponseError,
-            ServiceRequestTimeoutError,
-            ServiceResponseTimeoutError,
-        )
-
-        if isinstance(error, HttpResponseError) and error.status_code is not None:
-            raise _refusal(error, self._url, self._opened) from None
-        if isinstance(error, ClientAuthenticationError):
-            raise NotNow("identity", _no_identity(error, self._opened)) from None
-        if isinstance(error, TimeoutError | ServiceRequestTimeoutError | ServiceResponseTimeoutError):
-            raise NotNow("timeout", f"{_host(self._url)} does not answer in time.") from None
-        if isinstance(error, AzureError):
-            raise NotNow("unreachable", f"it can't be reached: {_connection_words(error, self._url)}.") from None
-        if isinstance(error, ValueError | LookupError):  # of the SDK, which does not find what Azure's answers have
-            raise NotNow("unexpected", f"{_host(self._url)} does not answer as Azure does.") from None
-
-
-def _refusal(error: HttpResponseError, url: str, opened: Opened | None) -> Exception:
-    code = _code(error)
-    status = error.status_code or 0
-    stated = {
-        "AppendPositionConditionNotMet": PositionTakenError,
-        "BlobNotFound": AbsentError,
-        "BlockCountExceedsLimit": BlobFullError,
-        "InvalidBlobType": OtherBlobError,
-        "BlobAlreadyExists": _ExistsError,
-        "ContainerAlreadyExists": _ExistsError,
-        "InvalidRange": _BeyondError,
-    }.get(code)
-    if stated is not None:
-        return stated(url)
-    if code in ("ContainerNotFound", "ContainerBeingDeleted", "ContainerDisabled"):
-        return NotNow("container", f"there is no such container ({code}); make it, or correct storage.url.")
-    if status == 404:
-        if not code:  # a HEAD request has no body, and some servers no code
-            return AbsentError(url)
-        return NotNow("missing", f"it is not there ({code}); correct storage.url.")
-    if code in _NO_APPEND_BLOBS:
-        return NotNow(
-            "account",
-            f"this storage account has no append blobs ({code}); use a general-purpose v2 account "
-            "(or a premium one for block blobs).",
-        )
-    if code.startswith("BlobImmutable"):
-        return NotNow("forbidden", f"the blob is immutable by a policy ({code}); allow protected append writes in it.")
-    if status in (401, 403):
-        return NotNow(*_forbidden(error, code, opened))
-    if status in (408, 429, 503) or code in ("BlobModifiedWhileReading", "ServerBusy", "LeaseIdMissing"):
-        return NotNow("busy", f"it is busy ({status} {code}).", _retry_after(error))
-    if status >= 500:
-        return NotNow("server", f"it has a fault of its own ({status} {code}).", _retry_after(error))
-    return NotNow("unexpected", f"it refuses this: {status} {code or error.reason}.", _retry_after(error))
-
-
-def _forbidden(error: HttpResponseError, code: str, opened: Opened | None) -> tuple[str, str]:
-    secret = opened.secret if opened is not None else None
-    right = opened.right if opened is not None else "this machine's identity"
-    if code == "AuthorizationFailure":
-        return "forbidden", f"the account's firewall or network rules refuse this machine ({code})."
-    if code == "KeyBasedAuthenticationNotPermitted":
-        return (
-            "forbidden",
-            f"the account allows no keys ({code}); unset {secret.source if secret else 'the key'} and use an identity.",
-        )
-    if secret is not None and secret.sas_token is not None:
-        expires = parse_qs(secret.sas_token).get("se", ["?"])[0]
-        return "forbidden", (
-            f"{right} is refused ({code}). It is valid until {expires}, and has to allow "
-            "read, add, create and write (sp=racw); put a new one there."
-        )
-    if secret is not None:
-        return (
-            "forbidden",
-            f"{right} is refused ({code}): it is not this account's key, or this machine's clock is wrong.",
-        )
-    if code in ("AuthorizationPermissionMismatch", "InsufficientAccountPermissions", "AuthorizationPermissionDenied"):
-        return "forbidden", (
-            f"{right} may not write there ({code}); give it the role {_ROLE!r} on the account or the container "
-            "(it takes some minutes until a role works)."
-        )
-    return "forbidden", f"{right} is refused ({error.status_code} {code})."
-
-
-def _no_identity(error: AzureError, opened: Opened | None) -> str:
-    right = opened.right if opened is not None else "this machine's identity"
-    tried = sorted(set(re.findall(r"\b(\w+)Credential:", str(error))))
-    return (
-        f"there is no token for {right} (tried: {', '.join(tried) or 'all ways'}). Use workload or managed identity, "
-        "'az login', or set AZURE_STORAGE_CONNECTION_STRING, AZURE_STORAGE_KEY or AZURE_STORAGE_SAS_TOKEN."
-    )
-
-
-def _connection_words(error: AzureError, url: str) -> str:
-    host = _host(url)
-    cause = getattr(error, "inner_exception", None) or error
-    text = str(getattr(cause, "os_error", None) or cause)
-    if re.search(r"not known|nodename|getaddrinfo|no address|name resolution|domain name", text, re.IGNORECASE):
-        return f"there is no host {host} (is the account's name right?)"
-    text = " ".join(text.partition("?")[0].split())  # no query: a SAS would be in it
-    return f"{host}: {text[:200].rstrip('.')}"
-
-
-def _host(url: str) -> str:
-    return urlsplit(url).netloc or url
 
 
 def _signable(content_type: str) -> str:
@@ -480,21 +320,3 @@ def _who(token: str) -> str:
         names = {"xms_mirid": "", "upn": "", "unique_name": "", "appid": "client ", "oid": "object ", "tid": "tenant "}
         return ", ".join(f"{words}{claims[name]}" for name, words in names.items() if claims.get(name))
     return "a token that does not say for whom"
-
-
-def _code(error: HttpResponseError) -> str:
-    code: Any = getattr(error, "error_code", None) or _headers(error).get("x-ms-error-code")
-    return str(getattr(code, "value", code) or "")
-
-
-def _headers(error: HttpResponseError) -> Mapping[str, str]:
-    headers: Mapping[str, str] = getattr(error.response, "headers", {})
-    return headers
-
-
-def _retry_after(error: HttpResponseError) -> float:
-    """In seconds; 0 if it does not say."""
-    for name, unit in (("retry-after-ms", 0.001), ("x-ms-retry-after-ms", 0.001), ("retry-after", 1.0)):
-        with contextlib.suppress(KeyError, ValueError):
-            return max(0.0, float(_headers(error)[name]) * unit)
-    return 0.0

@@ -34,6 +34,22 @@ class Secret:
         return f"Secret({self.source})"
 
 
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """Where a store leads, and by what right: a secret, or an identity, that of ``client_id`` if there is one."""
+
+    container: Container
+    secret: Secret | None
+    client_id: str | None
+
+    @property
+    def right(self) -> str:
+        """In words."""
+        if self.secret is None:
+            return f"the identity with client id {self.client_id}" if self.client_id else "this machine's identity"
+        return f"{'the account key' if self.secret.account_key else 'the SAS'} of {self.secret.source}"
+
+
 def secret(environ: Mapping[str, str], container: Container) -> Secret | None:
     """The secret for ``container``; None: an identity is to be used. Raises NotNow when what is there can't be used."""
     for name, read in ((CONNECTION_STRING, _from_connection_string), (KEY, _from_key), (SAS_TOKEN, _from_sas)):

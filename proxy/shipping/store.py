@@ -1,4 +1,4 @@
-"""What shipping asks of a destination, in its own words; ``azure_blob.py`` says it in Azure's."""
+"""What shipping asks of a destination, in its own words; ``azure_blob.py`` and ``azure_errors.py`` say it in Azure's."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ from pathlib import Path
 from proxy.cli import main
 from proxy.processes import supervisor, worker
 from proxy.relay import server as relay_server
-from proxy.shipping import azure_blob, mirror, shipper
+from proxy.shipping import azure_blob, lane, mirror
 from proxy.spool import files
 from tests.drills.points import die_at
 
@@ -75,15 +75,15 @@ def assumed_position() -> None:
 
 
 def early_removal() -> None:
-    ship_lines = shipper.Lane._ship_lines
+    ship_lines = lane.Lane._ship_lines
 
-    async def remove_and_ship(self: shipper.Lane, one: mirror.Mirror, until: int) -> None:
+    async def remove_and_ship(self: lane.Lane, one: mirror.Mirror, until: int) -> None:
         if one.closed:
             with contextlib.suppress(FileNotFoundError):
                 one.path.unlink()
         await ship_lines(self, one, until)
 
-    shipper.Lane._ship_lines = remove_and_ship  # type: ignore[method-assign]
+    lane.Lane._ship_lines = remove_and_ship  # type: ignore[method-assign]
 
 
 def die_in_write() -> None:
@@ -131,8 +131,8 @@ def keep(folder: str) -> None:
 
 
 def hasty() -> None:
-    shipper.FIRST_RETRY_SECONDS = 0.01
-    shipper.LONGEST_RETRY_SECONDS = 0.1
+    lane.FIRST_RETRY_SECONDS = 0.01
+    lane.LONGEST_RETRY_SECONDS = 0.1
     azure_blob.READ_SECONDS = 0.5
 
 

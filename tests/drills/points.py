@@ -14,8 +14,8 @@ from types import ModuleType
 from typing import Any
 
 from proxy.shipping.azure_blob import AzureBlobStore
+from proxy.shipping.lane import Lane
 from proxy.shipping.mirror import Mirror
-from proxy.shipping.shipper import Lane
 from proxy.spool import files, recovery
 
 

@@ -16,7 +16,7 @@ from urllib.parse import quote
 import pytest
 
 from proxy.settings import MIB
-from proxy.shipping.shipper import BODIES_AT_ONCE, FILES_AT_ONCE, FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS
+from proxy.shipping.lane import BODIES_AT_ONCE, FILES_AT_ONCE, FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS
 from tests.azure import faults
 from tests.azure.blob_server import BlobServer
 from tests.azure.faults import Fault, Refusal

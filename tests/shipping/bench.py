@@ -14,7 +14,8 @@ from proxy.ledger import Ledger
 from proxy.settings import RollingRate
 from proxy.shipping import destination
 from proxy.shipping.destination import Destination
-from proxy.shipping.shipper import Chore, Lane, Shipper
+from proxy.shipping.lane import Lane
+from proxy.shipping.shipper import Chore, Shipper
 from proxy.spool.budget import Budget
 from proxy.spool.files import Files, LineFile
 from proxy.spool.layout import Place, new_process_id

@@ -16,7 +16,7 @@ import aiohttp.connector
 import pytest
 from aiohttp import web
 
-from proxy.shipping import azure_blob
+from proxy.shipping import azure_blob, azure_errors
 from proxy.shipping.azure_blob import PART_BYTES, Azure, AzureBlobStore
 from proxy.shipping.destination import Container, Datastore
 from proxy.shipping.store import (
@@ -354,7 +354,7 @@ def test_pauses_are_read_in_every_form() -> None:
         ({"retry_after": "soon"}, 0),
         ({}, 0),
     ):
-        assert azure_blob._retry_after(Answer(**headers)) == seconds  # type: ignore[arg-type]
+        assert azure_errors._retry_after(Answer(**headers)) == seconds  # type: ignore[arg-type]
 
 
 # --- the right ---

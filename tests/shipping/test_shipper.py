@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from proxy.settings import RollingRate
-from proxy.shipping import destination, shipper
-from proxy.shipping.shipper import Backoff
+from proxy.shipping import destination
+from proxy.shipping import lane as lanes
+from proxy.shipping.lane import Backoff
 from proxy.shipping.store import NotNow
 from proxy.spool import recovery
 from proxy.spool.layout import instance_id
@@ -152,7 +153,7 @@ async def test_no_file_is_removed_before_all_of_it_is_there(new: Processes, clou
 async def test_a_blob_of_many_blocks_is_not_written_further(
     process: Process, account: Account, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shipper, "FULL_BLOCKS", 5)
+    monkeypatch.setattr(lanes, "FULL_BLOCKS", 5)
     for number in range(12):
         process.write(number)
         await process.turn()
@@ -356,7 +357,7 @@ async def test_no_line_comes_before_its_body(process: Process, cloud: Cloud, acc
     assert account.early == []
     assert cloud.numbers() == [*range(300), *range(1000, 1000 + turns)]
     assert account.calls["put"] > 350
-    assert account.most_in_flight <= shipper.BODIES_AT_ONCE
+    assert account.most_in_flight <= lanes.BODIES_AT_ONCE
 
 
 async def test_lines_wait_for_a_body_that_fails(process: Process, account: Account) -> None:
@@ -394,7 +395,7 @@ async def test_a_dead_destination_is_not_asked_for_every_body(process: Process, 
     account.plan = always(BUSY)
     for turns in range(1, 6):
         await process.turn()
-        assert account.calls["put"] <= turns * 2 * shipper.BODIES_AT_ONCE
+        assert account.calls["put"] <= turns * 2 * lanes.BODIES_AT_ONCE
     assert account.calls["append"] == 0
     account.plan = None
     await process.turn(3)
@@ -409,7 +410,7 @@ async def test_lines_wait_for_the_bodies_that_were_not_even_tried(process: Proce
     def plan(operation: str, _name: str) -> NotNow | None:
         nonlocal refused
         refused += operation == "put"
-        return BUSY if operation == "put" and refused <= 2 * shipper.BODIES_AT_ONCE else None
+        return BUSY if operation == "put" and refused <= 2 * lanes.BODIES_AT_ONCE else None
 
     account.plan = plan
     while account.calls["append"] == 0:
@@ -428,9 +429,9 @@ async def test_large_bodies_are_few_at_once(process: Process, account: Account) 
 
     account.plan = plan
     for number in range(10):
-        process.write(number, body=process.body(bytes(shipper.SMALL_BYTES + 1)))
+        process.write(number, body=process.body(bytes(lanes.SMALL_BYTES + 1)))
     await process.turn()
-    assert 1 < most <= shipper.FILES_AT_ONCE
+    assert 1 < most <= lanes.FILES_AT_ONCE
 
 
 async def test_a_body_in_the_place_of_another_kind_of_blob(
@@ -599,32 +600,37 @@ async def test_a_backlog_of_many_files_is_shipped_with_few_of_them_open(
     before = open_files()
     process = new(REQUEST)
     process.write(1000)
-    most, waited = 0, 0.0
+    most = 0
     for _ in range(15):
-        waited += sum(await process.turn())
+        (pause,) = await process.turn()
         most = max(most, open_files() - before)
+        if pause:
+            break
+        assert process.shipper.states()[0].lag_seconds > 0
+    assert pause == process.shipper.interval_seconds  # once it has caught up, not before
+    assert process.shipper.states()[0].lag_seconds == 0
     assert cloud.numbers() == [*range(300), 1000]
-    assert most < 2 * shipper.MIRRORS
-    assert waited <= 15 * process.shipper.interval_seconds
+    assert most < 2 * lanes.MIRRORS
     assert process.ledger.account().adopted == 300
-    assert account.most_in_flight <= shipper.FILES_AT_ONCE
+    assert account.most_in_flight <= lanes.FILES_AT_ONCE
 
 
 async def test_more_files_of_its_own_than_can_be_open(new: Processes, cloud: Cloud, account: Account) -> None:
     """The destination is away for more files than that."""
     process = new(REQUEST, rate=RollingRate.MINUTE)
     account.plan = always(BUSY)
-    for number in range(3 * shipper.MIRRORS):
+    for number in range(3 * lanes.MIRRORS):
         process.write(number)
         process.seconds += 60
         await process.turn()
     most = open_files()
     process.close_files()
     account.plan = None
-    await process.turn(8)
-    assert cloud.numbers() == list(range(3 * shipper.MIRRORS))
+    pauses = await process.turn(4)
+    assert pauses == [0.0, 0.0, process.shipper.interval_seconds, process.shipper.interval_seconds]
+    assert cloud.numbers() == list(range(3 * lanes.MIRRORS))
     assert process.pending() == 0
-    assert most - open_files() <= shipper.MIRRORS + 2
+    assert most - open_files() <= lanes.MIRRORS + 2
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -673,7 +679,7 @@ async def test_folders_that_have_long_been_empty_are_removed_and_made_again(proc
     process.write(2)
     await process.turn(2)
     assert list(hour.iterdir()) == []
-    long_ago = time.time() - shipper.EMPTY_SECONDS - 60
+    long_ago = time.time() - lanes.EMPTY_SECONDS - 60
     os.utime(hour, (long_ago, long_ago))
     await process.turn()
     assert not hour.exists()
@@ -694,7 +700,7 @@ async def test_the_writer_survives_that_all_folders_are_removed(process: Process
     process.seconds += 3600
     process.files.begin(process.seconds)
     await process.turn(2)
-    long_ago = time.time() - shipper.EMPTY_SECONDS - 60
+    long_ago = time.time() - lanes.EMPTY_SECONDS - 60
     for _ in range(10):
         for folder in (path for path in (tmp_path / "https").rglob("*") if path.is_dir()):
             os.utime(folder, (long_ago, long_ago))
@@ -821,7 +827,7 @@ async def test_what_passes_is_no_news(process: Process, account: Account, caplog
     for number in range(5):
         process.write(number)
         account.plan = always(BUSY)
-        await process.turn(shipper.TOLD_AFTER - 1)
+        await process.turn(lanes.TOLD_AFTER - 1)
         account.plan = None
         await process.turn()
     assert messages(caplog) == []
@@ -1031,9 +1037,9 @@ async def test_it_ends_in_time_though_the_destination_hangs(
 async def test_what_fails_at_the_end_is_tried_again(
     new: Processes, cloud: Cloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shipper, "FIRST_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(lanes, "FIRST_RETRY_SECONDS", 0.01)
     process = new(REQUEST, interval_seconds=3600)
-    left = shipper.TOLD_AFTER - 1
+    left = lanes.TOLD_AFTER - 1
 
     def plan(operation: str, _name: str) -> NotNow | None:
         nonlocal left
@@ -1052,7 +1058,7 @@ async def test_what_fails_at_the_end_is_tried_again(
 async def test_what_fails_for_good_does_not_keep_the_end_waiting(
     new: Processes, cloud: Cloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shipper, "FIRST_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(lanes, "FIRST_RETRY_SECONDS", 0.01)
     process = new(REQUEST, interval_seconds=3600)
     cloud.account().plan = always(BUSY)
     async with running(process):
@@ -1061,7 +1067,7 @@ async def test_what_fails_for_good_does_not_keep_the_end_waiting(
         started = time.monotonic()
         await process.shipper.finish(20)
         assert time.monotonic() - started < 5
-    assert cloud.account().calls.total() == shipper.TOLD_AFTER
+    assert cloud.account().calls.total() == lanes.TOLD_AFTER
     assert process.pending() == 1
 
 
@@ -1165,8 +1171,8 @@ async def test_a_chore_is_done_once(new: Processes) -> None:
 async def test_a_chore_that_fails_is_tried_again_and_told_once(
     new: Processes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(shipper, "FIRST_RETRY_SECONDS", 0.001)
-    monkeypatch.setattr(shipper, "LONGEST_RETRY_SECONDS", 0.001)
+    monkeypatch.setattr(lanes, "FIRST_RETRY_SECONDS", 0.001)
+    monkeypatch.setattr(lanes, "LONGEST_RETRY_SECONDS", 0.001)
     tried = 0
 
     async def chore() -> None:
