@@ -126,7 +126,7 @@ class Lane:
         self.first = min(starts + run.interval * random.random(), stops)
         self.active: list[File] = []
         self.waiting: deque[File] = deque()
-        self.failed = self.arrived = self.adopted = False
+        self.failed = self.arrived = self.adopted = self.crowded = False
 
     def step(self, at: float) -> float | None:
         """One operation each for the files that are being shipped: all take the same time."""
@@ -160,6 +160,7 @@ class Lane:
         while self.left and len(self.open) < MIRRORS:  # they are shipped in the next turn
             self.open.append(self.left.popleft())
             self.adopted = True
+        self.crowded = bool(self.left or (self.opened and self.opened[0][0] <= at))
 
     def _begin_partitions(self, at: float) -> None:
         """Those of an hour that is over have their last line by then, and those of the next one their first."""
@@ -207,7 +208,8 @@ class Lane:
         self.open = [file for file in self.open if file.ends > at or file.shipped < file.length(at)]
         if self.arrived or not self.failed:
             self.backoff.failures = 0
-        pause = 0.0 if self.adopted else self.run.interval
+        room = self.crowded and len(self.open) < MIRRORS
+        pause = 0.0 if self.adopted or room else self.run.interval
         if self.failed:
             pause = self.backoff.seconds(self.run.account.retry_after)
         if at < self.stops:
