@@ -63,6 +63,18 @@ async def stream(tokens: list[str]) -> StreamingResponse:
     return StreamingResponse(body(), media_type="text/plain")
 
 
+@app.post("/tokens")
+async def tokens(rows: Rows) -> StreamingResponse:
+    """The sums of the rows, one after the other, as a model takes its time."""
+
+    async def body() -> AsyncIterator[str]:
+        for row in rows.data:
+            yield f"{sum(row)}\n"
+            await asyncio.sleep(0.02)
+
+    return StreamingResponse(body(), media_type="text/plain")
+
+
 @app.post("/seen")
 async def was_seen() -> None:
     seen.put_nowait(None)

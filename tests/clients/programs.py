@@ -123,11 +123,13 @@ def uvicorn(folder: Path, *flags: str) -> Iterator[Uvicorn]:
 
 
 async def selftest(url: str, *options: str) -> str:
-    """What ``payload-logger selftest`` prints of a server; fails when it finds a difference."""
+    """What ``payload-logger selftest`` prints of a server; fails when it finds a difference, or no answer worth comparing."""
     arguments = ("selftest", "--upstream", url, "--count", "20", "--quick", *options)
     words = [sys.executable, "-m", "proxy", *arguments]
     done = await asyncio.to_thread(
         subprocess.run, words, env=environment({}), capture_output=True, text=True, timeout=2 * SECONDS
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "Nothing differs but what docs/transparency.md lists." in done.stdout
+    assert re.search(r"^ok .+ 200, [1-9]\d* bytes$", done.stdout, re.MULTILINE), done.stdout
     return done.stdout
