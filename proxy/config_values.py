@@ -34,6 +34,13 @@ _DATASTORE = re.compile(
     r"azureml://(subscriptions/[^/]+/resourcegroups/[^/]+/workspaces/[^/]+/)?datastores/[^/]+/paths(/[^/?#]+)+/?",
     re.IGNORECASE,
 )
+_CONTAINER = re.compile(
+    r"(?!.*--)(?=.{1,63}$)[a-z0-9](?:[a-z0-9-]*[a-z0-9])?|\$web"
+)  # Azure wants three letters, emulators not
+_DATA_LAKE = re.compile(
+    r"(?:abfss?|wasbs?)://([a-z0-9-]+)@([a-z0-9]+)\.(?:dfs|blob)\.([a-z0-9.-]+)((?:/[^?#]*)?)"
+    r"|https://([a-z0-9]+)\.dfs\.([a-z0-9.-]+)/([a-z0-9-]+)((?:/[^?#]*)?)"
+)
 _UNIX_PATH_BYTES = 107  # sockaddr_un on Linux
 
 
@@ -140,6 +147,11 @@ def _blob_url(text: str) -> str:
     # Elsewhere, with Azurite, the account is the first folder. A dfs host speaks another protocol.
     _need(host and ".dfs." not in host and all(folders) and len(folders) >= (1 if in_azure else 2))
     _need(scheme.lower() == "https" or not in_azure)
+    container = unquote(folders[0 if in_azure else 1])
+    if not _CONTAINER.fullmatch(container):
+        raise WrongValueError(
+            f"has {shown(container)} for a container; its name is 3 to 63 lower-case letters, digits and single dashes"
+        )
     return f"{scheme.lower()}://{authority}{path}"
 
 
@@ -163,6 +175,11 @@ def _storage_url(text: str) -> str:
     if "?" in text:
         raise WrongValueError(
             "has a query; if that is a SAS it is a secret, and secrets come from the environment: AZURE_STORAGE_SAS_TOKEN"
+        )
+    if found := _DATA_LAKE.fullmatch(text.rstrip("/")):
+        lake, account, cloud, path = found.groups()[:4] if found[1] else (found[7], found[5], found[6], found[8])
+        raise WrongValueError(
+            f"is spoken to in another protocol; for blobs the same place is https://{account}.blob.{cloud}/{lake}{path}"
         )
     _need("%" not in re.sub("%[0-9A-Fa-f]{2}", "", text) and not _has_dots(unquote(text)))
     if scheme.lower() != "azureml":

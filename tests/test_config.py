@@ -313,6 +313,7 @@ RULE = "is not a path rule; use PATTERN or 'METHOD,METHOD PATTERN'; a pattern be
 RATE = "is not a rate; use a number from 0 to 1"
 SWITCH = "is not a switch; use true or false"
 WHOLE = "is not a whole number; use digits"
+CONTAINER = "for a container; its name is 3 to 63 lower-case letters, digits and single dashes"
 SAS = "has a query; if that is a SAS it is a secret, and secrets come from the environment: AZURE_STORAGE_SAS_TOKEN"
 COLLECTION = "data_collector.collections.request"
 
@@ -420,11 +421,31 @@ COLLECTION = "data_collector.collections.request"
                 "http://a.blob.core.windows.net/c",
                 "https://a.blob.x.net/c//d",
                 "https://host/only",
-                "https://a.dfs.core.windows.net/c/d",
                 "https://a.blob.x.net/c/%2e%2e/d",
                 "https://a.blob.x.net/c/%zz",
                 "azureml://datastores/d/paths/",
                 "azureml://datastores/d/paths/a/../b",
+            )
+        ),
+        *(
+            (
+                "storage.url",
+                f"https://a.blob.x.net/{wrong}/d",
+                f"'https://a.blob.x.net/{wrong}/d' has '{wrong}' {CONTAINER}",
+            )
+            for wrong in ("C", "c_d", "-c", "c-", "c--d", "c.d", "é")
+        ),
+        *(
+            (
+                "storage.url",
+                lake,
+                f"{shown} is spoken to in another protocol; for blobs the same place is https://a.blob.x.net/c{d}",
+            )
+            for lake, shown, d in (
+                ("https://a.dfs.x.net/c/d/e", "'https://a.dfs.x.net/c/d/e'", "/d/e"),
+                ("abfss://c@a.dfs.x.net/d/", "'…@a.dfs.x.net/d/'", "/d"),
+                ("abfs://c@a.dfs.x.net", "'…@a.dfs.x.net'", ""),
+                ("wasbs://c@a.blob.x.net/d", "'…@a.blob.x.net/d'", "/d"),
             )
         ),
         ("storage.url", "https://a.blob.core.windows.net/c?sv=1&sig=S", f"'https://a.blob.core.windows.net/c?…' {SAS}"),

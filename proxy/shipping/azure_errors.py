@@ -87,6 +87,11 @@ def _refusal(error: HttpResponseError, url: str, opened: Opened | None) -> Excep
         return stated(url)
     if code in ("ContainerNotFound", "ContainerBeingDeleted", "ContainerDisabled"):
         return NotNow("container", f"there is no such container ({code}); make it, or correct storage.url.")
+    if code in ("InvalidResourceName", "OutOfRangeInput"):
+        return NotNow(
+            "missing",
+            f"the name of the container, or of a folder, is none that it takes ({code}); correct storage.url.",
+        )
     if status == 404:
         if not code:  # a HEAD request has no body, and some servers no code
             return AbsentError(url)

@@ -276,6 +276,8 @@ REFUSALS = [
     (400, "InvalidHeaderValue", "unexpected", "it refuses this: 400 InvalidHeaderValue"),
     (413, "RequestBodyTooLarge", "unexpected", "413 RequestBodyTooLarge"),
     (404, "ResourceNotFound", "missing", "it is not there (ResourceNotFound); correct storage.url"),
+    (400, "InvalidResourceName", "missing", "the name of the container"),
+    (400, "OutOfRangeInput", "missing", "correct storage.url"),
     (400, "BlobTypeNotSupported", "account", "general-purpose v2"),
     (409, "BlobOperationNotSupported", "account", "no append blobs (BlobOperationNotSupported)"),
     (409, "FeatureNotSupportedForAccount", "account", "no append blobs"),
