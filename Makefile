@@ -7,7 +7,7 @@ AZURITE := 3.37.0
 SDKS := $(VENV)/.installed-sdk-1.0.0 $(VENV)/.installed-sdk-0.1.0b4
 CLIENTS := $(VENV)/.installed-clients
 
-.PHONY: run test test-compiled drills check bench bench-shipping wheel docs azurite clean
+.PHONY: run test test-compiled setup drills check bench bench-shipping wheel docs azurite clean
 
 run: $(VENV)/.installed
 	$(BIN)/payload-logger demo $(ARGS)
@@ -17,6 +17,8 @@ test: $(VENV)/.installed-test $(VENV)/.installed-azurite $(SDKS) $(CLIENTS)
 
 test-compiled: $(COMPILED)/.made $(VENV)/.installed-azurite $(SDKS) $(CLIENTS)     # the same tests on the compiled modules, in a copy of the project
 	cd $(COMPILED) && PYTHONPATH=. EXPECT_COMPILED=1 $(abspath $(BIN))/python -m pytest $(ARGS)
+
+setup: $(VENV)/.installed-test $(VENV)/.installed-azurite $(SDKS) $(CLIENTS) $(COMPILED)/.made   # what both kinds of tests need
 
 drills: $(VENV)/.installed-test $(VENV)/.installed-azurite     # the drills at their long sizes, for hours; ends with their figures
 	DRILLS=long $(BIN)/python -m pytest tests/drills tests/fuzz $(ARGS)

@@ -154,15 +154,18 @@ async def running(
         app.loop_delay.start()
         stack.callback(app.loop_delay.stop)
 
-        gc.collect()
-        gc.freeze()  # what is there by now stays: no need to look at it again and again
-        stack.callback(gc.unfreeze)
         yield app
 
         recording.ends_at = loop.time() + settings.proxy.drain_seconds
         cut = await relay.drain(settings.proxy.drain_seconds, recording.stop_now)
         if cut and not recording.stop_now.is_set():
             logger.warning("%d exchanges had not finished after %g s and were cut.", cut, settings.proxy.drain_seconds)
+
+
+def freeze() -> None:
+    """For a process that is there for the proxy alone: what is there by now stays, no need to look at it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def _keep_freed_memory() -> None:

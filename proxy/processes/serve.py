@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from proxy import __version__, listeners, logs
 from proxy.admin.metrics import Snapshot
 from proxy.admin.snapshot import snapshot
-from proxy.app import App, StartError, listening, running
+from proxy.app import App, StartError, freeze, listening, running
 from proxy.config import ConfigError, Loaded
 from proxy.processes.signals import Signals
 from proxy.reload import Reloaded, reloaded
@@ -132,6 +132,7 @@ class _Alone:
 
 async def _serve_alone(settings: Settings, read: Read, signals: Signals, admin: AdminServer | None) -> int:
     async with running(settings, stop_now=signals.stop_now) as app:
+        freeze()
         alone = _Alone(app)
         if admin is not None:
             admin.source = alone

@@ -16,7 +16,7 @@ import msgspec
 
 from proxy import logs
 from proxy.admin.snapshot import snapshot
-from proxy.app import App, Shared, StartError, running
+from proxy.app import App, Shared, StartError, freeze, running
 from proxy.processes.channel import Channel, Message
 from proxy.processes.loops import run_loop
 from proxy.processes.signals import Signals
@@ -51,6 +51,7 @@ async def _work(fd: int) -> int:
     )
     try:
         async with running(settings, shared, signals.stop_now) as app:
+            freeze()
             channel.send({"ready": app.address, "frames": app.custom_logging_address})
             listening = asyncio.create_task(_listen(channel, app, signals))
             await signals.stop.wait()
