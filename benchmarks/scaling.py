@@ -26,7 +26,7 @@ from proxy.settings import Spool, Storage
 from proxy.shipping.lane import FILES_AT_ONCE, MIRRORS, TOLD_AFTER, Backoff
 from proxy.shipping.mirror import FULL_BLOCKS
 from proxy.shipping.shipper import ADOPT_SECONDS
-from proxy.shipping.store import MAX_APPEND_BYTES
+from proxy.shipping.store import BACKLOG_APPEND_BYTES, MAX_APPEND_BYTES
 
 # Published: on the pages that docs/scaling.md names.
 ACCOUNT_OPERATIONS, ACCOUNT_BYTES = 20_000, 25e9 / 8  # a second; 40,000 and 60 Gbit/s in large regions
@@ -103,6 +103,11 @@ class File:
         "look",
         "create",
     )  # a new one; ("look", "read") where it has to be found how far the blob is
+    confirmed: bool = False  # it was looked at once more, before the file was removed
+
+    def is_whole(self, at: float) -> bool:
+        """Whether the lane knows that all that there will ever be is in the blob."""
+        return self.ends <= at and self.shipped >= self.length(at)
 
     def length(self, at: float) -> float:
         return self.rate * (min(at, self.ends) - self.begins)
@@ -118,6 +123,7 @@ class Lane:
     def __init__(self, run: Run, starts: float, stops: float, left: list[File]) -> None:
         self.run, self.starts, self.stops = run, starts, stops
         self.backoff = Backoff()
+        self.most_open = MIRRORS + len(run.rates)
         self.open: list[File] = []
         self.left = deque(left)  # by a process that has ended
         self.opened: deque[tuple[float, File]] = deque()  # heard of at that time
@@ -127,6 +133,7 @@ class Lane:
         self.active: list[File] = []
         self.waiting: deque[File] = deque()
         self.failed = self.arrived = self.adopted = self.crowded = False
+        self.began = starts
 
     def step(self, at: float) -> float | None:
         """One operation each for the files that are being shipped: all take the same time."""
@@ -141,23 +148,24 @@ class Lane:
             done, size = self._operation(file, at)
             sent += size
             self.failed |= not done
-            if done and file.shipped < file.until:
+            if done and (file.shipped < file.until or (file.is_whole(self.began) and not file.confirmed)):
                 going.append(file)
         self.active = going
         at += ANSWER_SECONDS + sent / PROCESS_BYTES_PER_SECOND
         return at if going or self.waiting else self._end_turn(at)
 
     def _begin_turn(self, at: float) -> None:
+        self.began = at
         if self.partition_ends <= at or self.stops <= at:
             self._begin_partitions(at)
         self.failed = self.arrived = self.adopted = False
-        while self.opened and self.opened[0][0] <= at and len(self.open) < MIRRORS:
+        while self.opened and self.opened[0][0] <= at and len(self.open) < self.most_open:
             self.open.append(self.opened.popleft()[1])
         for file in self.open:
             file.until = file.length(at)
-            if file.until > file.shipped:
+            if file.until > file.shipped or (file.is_whole(at) and not file.confirmed):
                 self.waiting.append(file)
-        while self.left and len(self.open) < MIRRORS:  # they are shipped in the next turn
+        while self.left and len(self.open) < self.most_open:  # they are shipped in the next turn
             self.open.append(self.left.popleft())
             self.adopted = True
         self.crowded = bool(self.left or (self.opened and self.opened[0][0] <= at))
@@ -181,6 +189,9 @@ class Lane:
     def _operation(self, file: File, at: float) -> tuple[bool, float]:
         """Whether it worked, and how many bytes were sent."""
         account = self.run.account
+        if not file.steps and file.is_whole(self.began):
+            file.confirmed = account.does("look", at)
+            return file.confirmed, 0.0
         if file.steps:
             if not account.does(file.steps[0], at):
                 file.steps = _first_steps(file)
@@ -189,7 +200,8 @@ class Lane:
             if not file.steps:
                 file.shipped = file.blob
             return True, 0.0
-        size = min(MAX_APPEND_BYTES, file.until - file.shipped)
+        size = file.until - file.shipped
+        size = size if size <= MAX_APPEND_BYTES else BACKLOG_APPEND_BYTES
         if file.blob != file.shipped:  # it did arrive, and the answer was lost: 412
             worked = account.does("append refused by its position", at)
             file.steps = _first_steps(file) if worked else ()
@@ -205,10 +217,10 @@ class Lane:
         return True, size
 
     def _end_turn(self, at: float) -> float | None:
-        self.open = [file for file in self.open if file.ends > at or file.shipped < file.length(at)]
+        self.open = [file for file in self.open if not file.confirmed]
         if self.arrived or not self.failed:
             self.backoff.failures = 0
-        room = self.crowded and len(self.open) < MIRRORS
+        room = self.crowded and len(self.open) < self.most_open
         pause = 0.0 if self.adopted or room else self.run.interval
         if self.failed:
             pause = self.backoff.seconds(self.run.account.retry_after)
@@ -291,7 +303,9 @@ Rows = Iterator[Sequence[object]]
 def one_process(_most: int) -> Rows:
     for name, (requests, *bodies) in MEASURED.items():
         rates = [requests * (body + FIELDS_BYTES) for body in bodies]
-        appends = sum(max(1 / INTERVAL, rate / MAX_APPEND_BYTES) for rate in rates)
+        appends = sum(
+            1 / INTERVAL if rate * INTERVAL <= MAX_APPEND_BYTES else rate / BACKLOG_APPEND_BYTES for rate in rates
+        )
         files = sum(max(1, HOUR * rate / Spool().roll_bytes) for rate in rates)
         minutes = Spool().max_bytes / sum(rates) / 60
         yield name, f"{requests:,.0f}", f"{sum(rates) / 1e6:.3g}", f"{appends:.1f}", f"{files:,.0f}", f"{minutes:,.1f}"

@@ -35,7 +35,7 @@ from proxy.shipping.azureml import DataAsset, assets
 from proxy.shipping.shipper import Chore, Shipper
 from proxy.spool import recovery
 from proxy.spool.budget import Budget
-from proxy.spool.files import Files, LineFile, make_folders
+from proxy.spool.files import LEAST_FILE_BYTES, Files, LineFile, make_folders
 from proxy.spool.layout import Place, new_process_id
 from proxy.spool.writer import Spool
 
@@ -264,7 +264,7 @@ class _Recording:
         spool = self._settings.spool
         roll_bytes = spool.roll_bytes
         if self.shipper is not None and spool.max_bytes:
-            roll_bytes = min(roll_bytes, max(64 * 1024, spool.max_bytes // FILES_IN_BUDGET))
+            roll_bytes = min(roll_bytes, max(LEAST_FILE_BYTES, spool.max_bytes // FILES_IN_BUDGET))
         files = Files(
             self.places,
             rate=self._settings.data_collector.rolling_rate,

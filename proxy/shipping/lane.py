@@ -37,7 +37,7 @@ FILES_AT_ONCE = 3  # appends in flight, of up to MAX_APPEND_BYTES each
 BODIES_AT_ONCE = 8  # puts of small bodies in flight
 SMALL_BYTES = 256 * 1024
 MOST_LEFT = 1000  # bodies that failed and are tried again before anything else is looked at
-MIRRORS = 64  # files of lines that a lane has open
+MIRRORS = 64  # files of lines that a lane has open, beside one for each root
 FIRST_RETRY_SECONDS = 0.5
 LONGEST_RETRY_SECONDS = 30.0
 LONGEST_RETRY_AFTER_SECONDS = 300.0
@@ -132,8 +132,7 @@ class Lane:
         self.backoff.failures = 0
         if not adopted and not self._crowded:
             self._caught_up_at = began
-        room = self._crowded and len(self._mirrors) < MIRRORS
-        return 0.0 if adopted or room else self._shipper.interval_seconds
+        return 0.0 if adopted or (self._crowded and self._has_room) else self._shipper.interval_seconds
 
     def close(self) -> None:
         for mirror in self._mirrors.values():
@@ -183,8 +182,12 @@ class Lane:
 
     # --- lines ---
 
+    @property
+    def _has_room(self) -> bool:
+        return len(self._mirrors) < MIRRORS + self._shipper.roots
+
     def _open_own(self) -> None:
-        while self.files and len(self._mirrors) < MIRRORS:
+        while self.files and self._has_room:
             file = self.files[0]
             store = self._store(file.path)
             try:
@@ -206,7 +209,7 @@ class Lane:
             return False
         if (self._shipper.spool / f"{process}.journal").exists():
             return False  # it lives, or its files are not in order yet
-        if len(self._mirrors) >= MIRRORS:
+        if not self._has_room:
             self._crowded = True
             return False
         store = self._store(path)
@@ -222,6 +225,8 @@ class Lane:
             try:
                 if mirror.roll_at is None:
                     await self._append_all(mirror, until)
+                    if mirror.is_done:
+                        await mirror.confirm()
             except BlobLostError as error:
                 mirror.roll_at = error.at
                 logger.error(

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from proxy.shipping.store import (
+    BACKLOG_APPEND_BYTES,
     MAX_APPEND_BYTES,
     AbsentError,
     BlobFullError,
@@ -105,7 +106,7 @@ class Mirror:
 
     @property
     def left_bytes(self) -> int:
-        return self.length - (self._base if self._position is None else self._position)
+        return max(0, self.length - (self._base if self._position is None else self._position))
 
     @property
     def is_done(self) -> bool:
@@ -140,6 +141,14 @@ class Mirror:
             self.sent_bytes += len(block)
             self._advance(position + len(block), block)
 
+    async def confirm(self) -> None:
+        """Looks once more at a blob that held all, before the file goes: what it has lost since is left to be shipped.
+
+        Raises NotNow and BlobLostError.
+        """
+        if self.length > self._base:
+            await self._find()
+
     def roll(self) -> None:
         """Goes on in a new blob from ``roll_at``. The file must be closed. Raises OSError."""
         at = self._base if self.roll_at is None else self.roll_at
@@ -170,9 +179,14 @@ class Mirror:
         if blob is None:
             await self._store.create(self.name)
         shared = min(ends, self.length)
-        start = max(self._base, ends - CHECKED_BYTES) if known is None else known
-        same = await self._same(min(start, shared), shared)
-        if same < shared and known is None:
+        if ends == known:
+            start = shared
+        elif known is None and ends > shared:  # somebody else wrote in it, too
+            start = self._base
+        else:
+            start = max(self._base, (shared if known is None else known) - CHECKED_BYTES)
+        same = await self._same(start, shared)
+        if same < shared and start > self._base:
             same = await self._same(self._base, shared)
         if same < shared or (ends > shared and not self.closed):
             at = max(last_line_end(self._fd, same), self._base)
@@ -222,9 +236,11 @@ class Mirror:
 
     def _block(self, start: int, until: int) -> bytes:
         """The next whole lines: as many as fit in one append, at least one. Raises FileCutError."""
-        end = until if until - start <= MAX_APPEND_BYTES else last_line_end(self._fd, start + MAX_APPEND_BYTES)
-        if end <= start:  # one line is longer
-            end = self._end_of_line(start + MAX_APPEND_BYTES, until)
+        end = until
+        if until - start > MAX_APPEND_BYTES:
+            end = last_line_end(self._fd, start + BACKLOG_APPEND_BYTES)
+            if end <= start:  # one line is longer
+                end = self._end_of_line(start + BACKLOG_APPEND_BYTES, until)
         block = os.pread(self._fd, end - start, start)
         if len(block) < end - start:
             raise FileCutError(self.path.name)

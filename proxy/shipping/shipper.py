@@ -77,6 +77,7 @@ class Shipper:
         self._lanes: dict[Path, Lane] = {}
         self._opened: deque[LineFile] = deque()
         self._is_blind = False  # the spool can't be looked through
+        self._is_defective = False  # for a defect of ours: the log has told of it
         self._disordered: set[Path] = set()  # what dead processes left and can't be put in order: there was a warning
         self._worker = threading.Thread(target=self._run, name="shipper", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -121,6 +122,11 @@ class Shipper:
             with contextlib.suppress(RuntimeError):  # it has ended by itself
                 self._loop.call_soon_threadsafe(what)
 
+    @property
+    def roots(self) -> int:
+        """How many roots this process writes to."""
+        return len(self._roots)
+
     def _stop_working(self) -> None:
         assert self._stop is not None  # noqa: S101
         self._stop.set()
@@ -143,6 +149,8 @@ class Shipper:
             logger.exception(
                 "Shipping has ended, by a defect of payload-logger; what is recorded stays in %s.", self.spool
             )
+            for lane in list(self._lanes.values()):
+                lane.trouble = NotNow("defect", "shipping has ended, by a defect of payload-logger; restart it.")
         finally:
             self._started.set()
 
@@ -154,10 +162,10 @@ class Shipper:
         runs: dict[Lane, asyncio.Task[None]] = {}
         try:
             while True:
-                runs |= {lane: asyncio.create_task(lane.run()) for lane in self._new_lanes()}
+                runs |= {lane: asyncio.create_task(lane.run()) for lane in self._look()}
                 if await self.stopped_within(min(ADOPT_SECONDS, self.interval_seconds)):
                     break
-            runs |= {lane: asyncio.create_task(lane.run()) for lane in self._new_lanes()}
+            runs |= {lane: asyncio.create_task(lane.run()) for lane in self._look()}
             self._finishing = asyncio.gather(*self._doing, *(self._finish(lane, run) for lane, run in runs.items()))
             with contextlib.suppress(TimeoutError, asyncio.CancelledError):
                 await asyncio.wait_for(self._finishing, max(0.0, self._finish_by - time.monotonic()))
@@ -190,6 +198,18 @@ class Shipper:
             async with asyncio.timeout(seconds):
                 await self._stop.wait()
         return self._stop.is_set()
+
+    def _look(self) -> list[Lane]:
+        """The lanes that are new; a defect of ours must not end those that are under way."""
+        try:
+            return self._new_lanes()
+        except Exception:
+            if not self._is_defective:
+                logger.exception(
+                    "%s could not be looked through, by a defect of payload-logger; it is tried again.", self.spool
+                )
+            self._is_defective = True
+            return []
 
     def _new_lanes(self) -> list[Lane]:
         """Puts in order what processes left that have died; hands the new files to their lanes; the lanes that are new."""

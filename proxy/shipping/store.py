@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-MAX_APPEND_BYTES = 2 * 1024 * 1024  # of one append, unless one line is longer
+MAX_APPEND_BYTES = 4 * 1024 * 1024  # of one append that takes all that is there
+BACKLOG_APPEND_BYTES = 2 * 1024 * 1024  # of one of several, unless one line is longer: less memory
 MAX_LINE_BYTES = 100 * 1024 * 1024  # the most that an append blob takes at once (API 2022-11-02)
 
 

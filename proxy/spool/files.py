@@ -24,6 +24,7 @@ logger = logging.getLogger("payload_logger.spool")
 
 _T = TypeVar("_T")
 
+LEAST_FILE_BYTES = 64 * 1024  # a smaller file is not worth closing for the room that it takes
 _FILE_MODE = 0o640
 _FOLDER_MODE = 0o750
 
@@ -174,8 +175,7 @@ class Files:
 
     def _append(self, collection: str, lines: list[bytes]) -> None:
         size = sum(map(len, lines))
-        if not self._budget.allows(size):
-            raise SpoolFull
+        self._need_room(size)
         file = self._current.get(collection)
         if file is not None and (file.is_lost() or (file.length and file.length + size > self._roll_bytes)):
             self._close(collection)
@@ -192,6 +192,18 @@ class Files:
         self._budget.spend(size)
         if self._sync:
             self._unsynced.add(file)
+
+    def _need_room(self, size: int) -> None:
+        """Raises SpoolFull if the budget has no room for ``size`` bytes.
+
+        What is shipped already is removed only with its file: so files that are worth it are closed then.
+        """
+        if self._budget.allows(size):
+            return
+        for collection, file in list(self._current.items()):
+            if self.is_remote(collection) and file.length >= LEAST_FILE_BYTES:
+                self._close(collection)
+        raise SpoolFull
 
     def end(self) -> None:
         """Ends a group: with durability ``synced`` its lines are on the disk after this. Raises OSError."""
@@ -216,8 +228,7 @@ class Files:
 
     def write_body(self, part: BodyPart, data: bytes) -> None:
         """Raises SpoolFull or OSError."""
-        if not self._budget.allows(len(data)):
-            raise SpoolFull
+        self._need_room(len(data))
         part.write(data)
         self._budget.spend(len(data))
 

@@ -118,7 +118,9 @@ def recover(folder: Path, told: set[Path] | None = None) -> Recovered:
 def _noted(fd: int) -> list[Path]:
     with open(fd, "rb", closefd=False) as file:
         # The last line may be torn as well; then its file was not created yet.
-        return [Path(os.fsdecode(line[:-1])) for line in file if line.endswith(b"\n")]
+        lines = [line[:-1] for line in file if line.endswith(b"\n")]
+    # After a loss of power NULs may stand where something was written last.
+    return [Path(os.fsdecode(path)) for line in lines if (path := line.rpartition(b"\0")[2])]
 
 
 def _remove(path: Path) -> int:

@@ -138,6 +138,7 @@ def hasty() -> None:
 
 def small_blocks() -> None:
     mirror.MAX_APPEND_BYTES = 2048
+    mirror.BACKLOG_APPEND_BYTES = 1024
 
 
 def worker_1_ends() -> None:

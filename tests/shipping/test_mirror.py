@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from proxy.shipping import mirror as mirrors
-from proxy.shipping.mirror import BlobLostError, FileCutError, Mirror
+from proxy.shipping.mirror import CHECKED_BYTES, BlobLostError, FileCutError, Mirror
 from proxy.shipping.store import MAX_APPEND_BYTES, NotNow
 from proxy.spool.files import LineFile
 from proxy.spool.layout import instance_id
@@ -164,9 +164,11 @@ def test_the_blob_is_the_file(shipped: Shipped, store: MemoryStore) -> None:
 
 def test_all_that_fits_goes_in_one_append(shipped: Shipped, store: MemoryStore) -> None:
     line = b"x" * (MAX_APPEND_BYTES // 5) + b"\n"
+    shipped.write(*[line] * 4)
+    shipped.ship()
     shipped.write(*[line] * 6)
     shipped.finish()
-    assert [len(block) for block in store.blobs[NAME].blocks] == [4 * len(line), 2 * len(line)]
+    assert [len(block) // len(line) for block in store.blobs[NAME].blocks] == [4, 2, 4]  # several: of half the size
 
 
 @pytest.mark.parametrize("size", [MAX_APPEND_BYTES - 1, MAX_APPEND_BYTES, MAX_APPEND_BYTES + 1, 11 * MIB])
@@ -393,6 +395,7 @@ def test_a_full_blob_is_left(tmp_path: Path) -> None:
 
 def test_a_blob_that_is_full_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mirrors, "MAX_APPEND_BYTES", 4)
+    monkeypatch.setattr(mirrors, "BACKLOG_APPEND_BYTES", 4)
     store = MemoryStore(max_blocks=3)
     shipped = Shipped(tmp_path, store)
     shipped.write(*[b"%d\n" % number for number in range(14)])
@@ -464,6 +467,54 @@ def test_half_a_line_at_the_end_of_a_dead_process_s_file_is_not_shipped(shipped:
     shipped.crash()
     shipped.finish()
     assert store.blobs[NAME].data == LINE
+
+
+@pytest.mark.parametrize("foreign_bytes", [10, CHECKED_BYTES - 1, CHECKED_BYTES, 3 * CHECKED_BYTES])
+@pytest.mark.parametrize("ours", [0, 1, 2])
+def test_a_dead_process_s_blob_that_has_become_longer_than_its_file(
+    shipped: Shipped, store: MemoryStore, ours: int, foreign_bytes: int
+) -> None:
+    """By somebody else's bytes: what is missing before them goes to another blob."""
+    lines = [b"%d\n" % number for number in range(3)]
+    shipped.write(*lines[:ours])
+    shipped.ship()
+    if not ours:
+        run(store.create(NAME))
+    shipped.write(*lines[ours:])
+    store.blobs[NAME].blocks.append(b"f" * foreign_bytes)
+    store.blobs[NAME].foreign.append(True)
+    shipped.crash()
+    shipped.finish()
+    assert shipped.arrived() == shipped.content
+    assert store.blobs[NAME].data.endswith(b"f" * foreign_bytes)
+
+
+@pytest.mark.parametrize("fault", [Fault.CUT, Fault.DELETED])
+def test_what_a_blob_loses_before_the_file_goes_is_shipped_again(
+    shipped: Shipped, store: MemoryStore, fault: Fault
+) -> None:
+    shipped.write(b"first\n")
+    shipped.ship()
+    shipped.write(b"second\n")
+    shipped.ship()
+    shipped.file.close()
+    assert shipped.mirror.is_done
+    store.disturb(fault, NAME)
+    run(shipped.mirror.confirm())
+    assert not shipped.mirror.is_done
+    shipped.ship()
+    run(shipped.mirror.confirm())
+    assert shipped.mirror.is_done
+    assert store.blobs[NAME].data == shipped.content
+    assert shipped.delivered == 2
+
+
+def test_a_file_that_became_shorter_than_what_is_elsewhere_is_done(tmp_path: Path, store: MemoryStore) -> None:
+    path = tmp_path / f"{INSTANCE}@1000@{'b' * 32}000001.jsonl"
+    path.write_bytes(LINE)
+    with contextlib.closing(Mirror(store, FOLDER, path, lambda _: None)) as mirror:
+        assert mirror.left_bytes == 0
+        assert mirror.is_done
 
 
 def test_a_file_that_somebody_cuts_does_not_hang(shipped: Shipped, store: MemoryStore) -> None:
@@ -571,7 +622,12 @@ class AnyOrder(RuleBasedStateMachine):
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
         self.patch = pytest.MonkeyPatch()
-        for name, value in {"MAX_APPEND_BYTES": 100, "CHECKED_BYTES": 64, "_READ_BYTES": 32}.items():
+        for name, value in {
+            "MAX_APPEND_BYTES": 100,
+            "BACKLOG_APPEND_BYTES": 70,
+            "CHECKED_BYTES": 64,
+            "_READ_BYTES": 32,
+        }.items():
             self.patch.setattr(mirrors, name, value)
         self.store = MemoryStore(max_blocks=8)
         self.shipped = Shipped(Path(self.folder.name), self.store)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,7 @@ from proxy.shipping import lane as lanes
 from proxy.shipping.lane import Backoff
 from proxy.shipping.store import NotNow
 from proxy.spool import recovery
+from proxy.spool.files import SpoolFull
 from proxy.spool.layout import instance_id
 from tests.drills.load import until
 from tests.shipping.bench import OTHER_URL, URL, Account, Cloud, Process, running
@@ -148,6 +150,23 @@ async def test_no_file_is_removed_before_all_of_it_is_there(new: Processes, clou
     assert cloud.numbers() == list(range(150))
     assert process.pending() == 0
     assert account.happened.total() > 100
+
+
+@pytest.mark.parametrize("fault", [Fault.CUT, Fault.DELETED])
+async def test_a_blob_that_loses_its_end_when_nothing_follows_is_made_whole(
+    process: Process, account: Account, fault: Fault
+) -> None:
+    process.write(1)
+    await process.turn()
+    process.write(2)
+    await process.turn()
+    (name,) = account.blobs
+    account.disturb(fault, name)
+    process.close_files()
+    await process.turn(2)
+    assert process.left() == []
+    assert process.cloud.numbers() == [1, 2]
+    assert process.pending() == 0
 
 
 async def test_a_blob_of_many_blocks_is_not_written_further(
@@ -630,7 +649,7 @@ async def test_more_files_of_its_own_than_can_be_open(new: Processes, cloud: Clo
     assert pauses == [0.0, 0.0, process.shipper.interval_seconds, process.shipper.interval_seconds]
     assert cloud.numbers() == list(range(3 * lanes.MIRRORS))
     assert process.pending() == 0
-    assert most - open_files() <= lanes.MIRRORS + 2
+    assert most - open_files() <= lanes.MIRRORS + 3  # one for its root, its journal, the file that it writes
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -849,6 +868,62 @@ async def test_reasons_that_alternate_are_told_once_each(
     account.plan = None
     await process.turn(3)
     assert messages(caplog)[3:] == ["https://account.blob.core.windows.net/container: shipping goes on."]
+
+
+async def test_a_budget_that_is_full_of_what_is_shipped_is_given_back(new: Processes) -> None:
+    """Files that are still written keep it; so they are closed."""
+    process = new(REQUEST, RESPONSE, f"{URL}/e/d/small")
+    process.budget.max_bytes = 200_000
+    process.write(1, collection="0", text="x" * 90_000)
+    process.write(2, collection="1", text="x" * 90_000)
+    process.write(3, collection="2")
+    await process.turn()
+    (small,) = [path for path in process.content if "small" in path.parts]
+    for collection in ("0", "1"):
+        with pytest.raises(SpoolFull):
+            process.files.append(collection, [b"x" * 50_000])
+    await process.turn()
+    assert process.left() == [small]  # it is not worth a file
+    process.write(4, text="x" * 50_000)
+    await process.turn()
+    assert process.cloud.numbers() == [1, 2, 3, 4]
+
+
+async def test_a_defect_while_the_spool_is_looked_through_ends_nothing(
+    process: Process, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    recover = recovery.recover
+    failures = 0
+
+    def fail(*arguments: Any) -> recovery.Recovered:
+        nonlocal failures
+        failures += 1
+        if failures > 3:
+            return recover(*arguments)
+        raise ValueError("a defect")
+
+    monkeypatch.setattr(recovery, "recover", fail)
+    process.write(1)
+    async with running(process):
+        await until(lambda: process.cloud.numbers() == [1])
+    assert len(messages(caplog)) == 1
+    assert "could not be looked through, by a defect" in messages(caplog)[0]
+
+
+async def test_when_shipping_has_ended_by_a_defect_its_state_says_so(
+    process: Process, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    process.write(1)
+    async with running(process):
+        await until(lambda: process.cloud.numbers() == [1])
+
+        async def fail(_seconds: float) -> bool:
+            raise ValueError("a defect")
+
+        monkeypatch.setattr(process.shipper, "stopped_within", fail)
+        await until(lambda: not process.shipper._worker.is_alive())
+    assert [state.trouble for state in process.shipper.states()] == ["defect"]
+    assert any("Shipping has ended, by a defect" in message for message in messages(caplog))
 
 
 async def test_a_defect_is_told_and_the_lane_goes_on(

@@ -131,6 +131,18 @@ def test_a_torn_journal_line_names_nothing(tmp_path: Path, length: int) -> None:
     assert other.read_bytes() == b"half"
 
 
+@pytest.mark.parametrize("junk", [b"\0" * 100, b"\0\n", b"\0\0\n\0"])
+def test_nuls_in_a_journal_name_nothing(tmp_path: Path, junk: bytes) -> None:
+    """After a loss of power they stand where the last write was."""
+    torn = tmp_path / "a.jsonl"
+    torn.write_bytes(LINE + b"half")
+    journal = dead_journal(tmp_path)
+    journal.write_bytes(junk + os.fsencode(torn) + b"\n" + junk)
+    assert recover(tmp_path) == Recovered(processes=1, torn=1)
+    assert torn.read_bytes() == LINE
+    assert not journal.exists()
+
+
 def test_an_empty_journal_is_removed(tmp_path: Path) -> None:
     journal = dead_journal(tmp_path)
     assert recover(tmp_path) == Recovered(processes=1)
