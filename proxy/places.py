@@ -7,7 +7,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from proxy.settings import AzureML, Settings
 from proxy.shipping import destination
-from proxy.spool.layout import Place
+from proxy.spool.layout import LARGE, Place
 
 LOCAL_SPOOL_FOLDER = ".payload-logger"
 REMOTE_SPOOL = Path("/var/lib/payload-logger/spool")
@@ -26,7 +26,7 @@ def places(settings: Settings) -> dict[str, Place]:
             root = collection.data.path
             if _is_local(storage) and root.startswith("azureml:"):
                 root = f"{storage}/{quote(destination.parse(destination.long_form(root, '', '', ''))[1])}"
-            large = f"{root}-large"  # beside the root: what is below it is taken for lines
+            large = f"{root}{LARGE}"  # beside the root: what is below it is taken for lines
         found[name] = _place(settings, root, large)
     return found
 

@@ -117,7 +117,7 @@ async def test_no_canary_is_found(tmp_path: Path, credential: str, workers: int)
             _, cut = await asyncio.open_connection("127.0.0.1", running.port)
             cut.write(post(BODY)[:-3])
             cut.close()
-            await until(lambda: "nothing can be shipped there now" in running.log())
+            await until(lambda: "shipping fails" in running.log())
             server.faults = None
             await until(lambda: "shipping goes on" in running.log(), 60)
             said = [(await get(admin_port(running), path))[1] for path in ("/status", "/metrics")]

@@ -2,8 +2,10 @@
 
 A turn first notes how long the files of lines are, then ships the bodies in sight, then the lines up to the noted
 lengths. A body gets its name before its line is written, so that no line arrives before the body that it points to.
-Bodies that fail are tried again before further ones are looked for: else, with some of each look failing, there would
-never be a turn for the lines. What can't be shipped stays where it is, and is tried again for as long as it takes.
+Bodies that fail are tried again before further ones are looked for, and then the lines go that waited for them: else,
+with some of each look failing, there would never be a turn for the lines. What is wrong with one body only keeps the
+lines waiting that may point to it: those below the root that it belongs to. What can't be shipped stays where it is, and
+is tried again for as long as it takes.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ import logging
 import os
 import random
 import time
-from collections import deque
-from collections.abc import Generator, Iterable
+from collections import Counter, deque
+from collections.abc import Container, Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +28,7 @@ from proxy.shipping.destination import Datastore
 from proxy.shipping.mirror import FULL_BLOCKS, BlobLostError, FileCutError, Mirror
 from proxy.shipping.store import NotNow, OtherBlobError, Store
 from proxy.spool.files import LineFile
-from proxy.spool.layout import lines_process, shipped_body
+from proxy.spool.layout import LARGE, lines_process, shipped_body
 
 if TYPE_CHECKING:
     from proxy.shipping.shipper import Shipper
@@ -44,6 +46,7 @@ LONGEST_RETRY_AFTER_SECONDS = 300.0
 EMPTY_SECONDS = 3600.0  # a folder that was empty for so long is removed
 
 PASSING = frozenset({"busy", "server", "timeout", "unreachable"})  # reasons that are news only when they last
+EVERYWHERE = PASSING | {"identity", "container", "account"}  # reasons that nothing can be shipped for
 TOLD_AFTER = 3  # failures in a row
 
 
@@ -89,7 +92,8 @@ class Lane:
         self._crowded = False  # whether files were seen that there was no room for
         self._noted: dict[Mirror, int] = {}  # how far lines may go when the bodies that are left are there
         self._left: dict[Path, NotNow] = {}  # bodies that failed
-        self._failed_in_a_row = 0
+        self._failed_in_a_row: Counter[Path] = Counter()  # by their roots
+        self._skipped: set[Path] = set()  # roots of bodies that were not tried any more
         self._arrived = 0  # puts and appends that worked
         self.backoff = Backoff()
         self._caught_up_at = time.monotonic()  # what was recorded until then has arrived
@@ -118,7 +122,7 @@ class Lane:
             self.trouble = trouble.with_traceback(None)  # it stays for a while, and would keep all of this
             pause = self.backoff.seconds(trouble.retry_after_seconds)
             self._tell(trouble)
-            return pause
+            return pause if trouble.reason in EVERYWHERE else max(pause, self._shipper.interval_seconds)
         except Exception:
             if "defect" not in self._told:
                 logger.exception("%s: shipping failed by a defect of payload-logger; nothing is lost.", self.url)
@@ -158,7 +162,7 @@ class Lane:
         if error.reason not in self._told and (error.reason not in PASSING or self.backoff.failures >= TOLD_AFTER):
             self._told.add(error.reason)
             logger.error(
-                "%s: nothing can be shipped there now: %s What is recorded stays in %s; it is tried again and again.",
+                "%s: shipping fails: %s What is recorded stays in %s; it is tried again and again.",
                 self.url,
                 error.words,
                 self.folder,
@@ -166,19 +170,26 @@ class Lane:
 
     async def _ship(self) -> bool:
         """Ships what is in sight; whether files of other processes were taken over, to be shipped the next time."""
-        adopted = False
         if self._left:
             await self._ship_bodies(tuple(self._left))
-        else:
-            self._open_own()
-            noted = {mirror: mirror.length for mirror in self._mirrors.values()}
-            self._noted = {}
-            with contextlib.closing(self._walk(self.folder)) as paths:
-                adopted = await self._ship_bodies(paths)
-            self._noted = noted
+            self._raise_left(EVERYWHERE)
+            await self._ship_noted()
+        self._open_own()
+        noted = {mirror: mirror.length for mirror in self._mirrors.values()}
+        with contextlib.closing(self._walk(self.folder)) as paths:
+            adopted = await self._ship_bodies(paths, self._left_roots())
+        self._noted |= {mirror: until for mirror, until in noted.items() if not _below(mirror.path, self._skipped)}
+        self._raise_left(EVERYWHERE)
+        await self._ship_noted()
         self._raise_left()
-        await _all({asyncio.create_task(self._ship_lines(mirror, until)) for mirror, until in self._noted.items()})
         return adopted
+
+    async def _ship_noted(self) -> None:
+        """The lines that wait for no body."""
+        left = self._left_roots()
+        ready = {mirror: until for mirror, until in self._noted.items() if not _below(mirror.path, left)}
+        self._noted = {mirror: until for mirror, until in self._noted.items() if mirror not in ready}
+        await _all({asyncio.create_task(self._ship_lines(mirror, until)) for mirror, until in ready.items()})
 
     # --- lines ---
 
@@ -286,25 +297,31 @@ class Lane:
 
     # --- bodies ---
 
-    async def _ship_bodies(self, paths: Iterable[Path]) -> bool:
+    async def _ship_bodies(self, paths: Iterable[Path], without: Container[Path] = ()) -> bool:
         """Ships the bodies among ``paths``; those that failed are left, and the others not kept waiting by them.
 
+        Passed over are those of the roots ``without``, and of roots of which many have failed in a row.
         Of the other files it takes over those that other processes left; whether there were any.
         """
         adopted = False
         tasks: set[asyncio.Task[None]] = set()
-        self._failed_in_a_row = 0
+        self._failed_in_a_row.clear()
+        self._skipped.clear()
         try:
             for path in paths:
                 body = shipped_body(path.name)
                 if body is not None:
+                    root = self._root(path)
+                    many = len(self._left) > MOST_LEFT and path not in self._left
+                    if many or self._failed_in_a_row[root] >= BODIES_AT_ONCE or root in without:
+                        self._raise_left(EVERYWHERE)
+                        self._skipped.add(root)
+                        continue
                     await self._puts.acquire()
                     task = asyncio.create_task(self._ship_body(path, *body))
                     tasks.add(task)
                     task.add_done_callback(lambda _: self._puts.release())
                     self._raise_failed(tasks)
-                    if self._failed_in_a_row >= BODIES_AT_ONCE or len(self._left) > MOST_LEFT:
-                        self._raise_left()
                 elif lines_process(path.name) is not None:
                     adopted |= self._adopt(path)
             await _all(tasks)
@@ -314,10 +331,21 @@ class Lane:
             await asyncio.gather(*tasks, return_exceptions=True)
         return adopted
 
-    def _raise_left(self) -> None:
-        """Raises what a body failed with, if any is left."""
-        if self._left:
-            raise max(self._left.values(), key=lambda error: error.retry_after_seconds)
+    def _raise_left(self, reasons: Container[str] | None = None) -> None:
+        """Raises what a body failed with, if any is left; only for one of ``reasons``, if there are any."""
+        errors = [error for error in self._left.values() if reasons is None or error.reason in reasons]
+        if errors:
+            raise max(errors, key=lambda error: error.retry_after_seconds)
+
+    def _left_roots(self) -> set[Path]:
+        return {self._root(path) for path in self._left}
+
+    def _root(self, body: Path) -> Path:
+        """What may point to ``body`` is below this folder."""
+        root = body.parent
+        while root.name.isdigit() and root != self.folder:  # its partition
+            root = root.parent
+        return root if root == self.folder else root.with_name(root.name.removesuffix(LARGE) or root.name)
 
     def _raise_failed(self, tasks: set[asyncio.Task[None]]) -> None:
         """Raises what a finished task failed with; forgets the others that have finished."""
@@ -343,12 +371,16 @@ class Lane:
                 os.unlink(path)  # noqa: PTH108
                 self._shipper.budget.spend(-size)
         except (NotNow, OSError) as error:
-            self._left[path] = trouble = _trouble(error)
-            self._failed_in_a_row += 1
+            trouble = _trouble(error)
+            if trouble.reason not in EVERYWHERE:
+                words = f"{self._blob_name(path.parent, '/')}{name}: {trouble.words} Lines beside it wait for it."
+                trouble = NotNow(trouble.reason, words, trouble.retry_after_seconds)
+            self._left[path] = trouble
+            self._failed_in_a_row[self._root(path)] += 1
             self._shipper.puts[trouble.reason] += 1
         else:
             self._left.pop(path, None)
-            self._failed_in_a_row = 0
+            self._failed_in_a_row[self._root(path)] = 0
             self._arrived += 1
 
     # --- the folder ---
@@ -376,6 +408,10 @@ class Lane:
 
     def _store(self, path: Path) -> Store:
         return self._shipper.store(self._destination, path)
+
+
+def _below(path: Path, roots: Iterable[Path]) -> bool:
+    return any(path.is_relative_to(root) for root in roots)
 
 
 def _trouble(error: NotNow | OSError) -> NotNow:

@@ -25,6 +25,7 @@ FOLDERS = {
     RollingRate.HOUR: "yyyy/MM/dd/HH",
     RollingRate.MINUTE: "yyyy/MM/dd/HH/mm",
 }
+LARGE = "-large"  # behind the name of a root of the user's own: where its large bodies are
 _DIRECTIVES = {"yyyy": "%Y", "MM": "%m", "dd": "%d", "HH": "%H", "mm": "%M"}
 _FORMATS = {rate: "/".join(map(_DIRECTIVES.__getitem__, folders.split("/"))) for rate, folders in FOLDERS.items()}
 

@@ -27,7 +27,7 @@ EMULATOR = {"AZURE_STORAGE_CONNECTION_STRING": "UseDevelopmentStorage=true"}
 CONTAINER = "drill"
 FOREIGN = b'{"written by": "somebody else"}\n'
 SOON_SECONDS = 60.0  # what surely comes: the limit is for machines that are busy with other things
-NOTHING = "nothing can be shipped there now"  # in the log
+FAILS = "shipping fails"  # in the log
 GOES_ON = "shipping goes on"
 _ADOPTED = re.compile(r"; (\d+) shipped for processes that have ended")
 

@@ -23,9 +23,9 @@ from tests.azure.faults import Fault, Refusal
 from tests.drills.conftest import Figure
 from tests.drills.load import PatientModel, Request, one_each, post, read_answer, stopped_account, until
 from tests.drills.shipping import (
+    FAILS,
     FOREIGN,
     GOES_ON,
-    NOTHING,
     SOON_SECONDS,
     Arrived,
     Shipping,
@@ -102,7 +102,7 @@ async def test_an_outage(shipping: Shipping, server: BlobServer, figure: Figure)
     assert len(during) > OUTAGE_SECONDS
     assert traffic.cut == set()
     assert account == (2 * len(traffic.seen), 2 * len(traffic.seen), 0, 0)
-    assert shipping.log().count(NOTHING) == shipping.log().count(GOES_ON) <= 1
+    assert shipping.log().count(FAILS) == shipping.log().count(GOES_ON) <= 1
     compare(shipping, blobs_of(server)).check(traffic)
     assert growth <= GROWTH_BYTES
 
@@ -120,7 +120,7 @@ async def test_a_large_backlog(shipping: Shipping, server: BlobServer, figure: F
     began = time.monotonic()
     async with shipping.process() as proxy:
         ready = time.monotonic() - began
-        await until(lambda: NOTHING in proxy.log(), SOON_SECONDS)  # it has loaded all
+        await until(lambda: FAILS in proxy.log(), SOON_SECONDS)  # it has loaded all
         proxy.forget_peak_memory()
         memory = proxy.peak_memory_bytes()
         await server.up()
@@ -273,7 +273,7 @@ async def test_it_is_forbidden_for_a_while(shipping: Shipping, server: BlobServe
             await until(lambda: server.requests["append"], SOON_SECONDS)
             before, began = server.requests.total(), time.monotonic()
             server.faults = faults.always(refusal)
-            await until(lambda period=period: proxy.log().count(NOTHING) == period, SOON_SECONDS)  # type: ignore[misc]
+            await until(lambda period=period: proxy.log().count(FAILS) == period, SOON_SECONDS)  # type: ignore[misc]
             await until(lambda began=began: time.monotonic() - began > FORBIDDEN_SECONDS, math.inf)  # type: ignore[misc]
             refused, seconds = server.requests.total() - before, time.monotonic() - began
             server.faults = None
@@ -288,8 +288,8 @@ async def test_it_is_forbidden_for_a_while(shipping: Shipping, server: BlobServe
     async with shipping.process() as proxy:
         await until(lambda: not shipping.spooled(), SOON_SECONDS)
         await shipping.stop(proxy)
-    assert shipping.log().count(NOTHING) == shipping.log().count(GOES_ON) == 2
-    assert "ERROR" not in shipping.log().replace(f"ERROR   {shipping.account_url}/drill: {NOTHING}", "")
+    assert shipping.log().count(FAILS) == shipping.log().count(GOES_ON) == 2
+    assert "ERROR" not in shipping.log().replace(f"ERROR   {shipping.account_url}/drill: {FAILS}", "")
     compare(shipping, blobs_of(server)).check(shipping.traffic)
 
 
@@ -297,13 +297,13 @@ async def test_a_container_that_is_missing_and_may_not_be_made(shipping: Shippin
     server.faults = faults.always(faults.NOT_PERMITTED, "create_container")
     async with shipping.process() as proxy:
         await shipping.send(proxy, "load", 40)
-        await until(lambda: NOTHING in proxy.log(), SOON_SECONDS)
+        await until(lambda: FAILS in proxy.log(), SOON_SECONDS)
         assert f"there is no container {shipping.account_url}/drill, and it can't be made" in proxy.log()
         assert server.blobs == {}
         server.faults = None
         await shipping.all_is_at(server)
         assert await shipping.stop(proxy) == (80, 80, 0, 0)
-        assert proxy.log().count(NOTHING) == 1
+        assert proxy.log().count(FAILS) == 1
     compare(shipping, blobs_of(server)).check(shipping.traffic)
 
 
@@ -351,7 +351,7 @@ async def test_no_secret_in_a_log_or_a_file(variables: dict[str, str], shipping:
         server.faults = None
         await shipping.all_is_at(server)
         await shipping.stop(proxy)
-    assert NOTHING in shipping.log()
+    assert FAILS in shipping.log()
     secrets = {CANARY, quote(CANARY, safe=""), quote(CANARY)}
     secrets |= {one.removeprefix("sig=").rpartition(":")[2] for one in server.authorizations}
     secrets -= {""}  # of a request without any
@@ -432,7 +432,7 @@ async def test_sigterm_when_the_destination_fails_just_then(
     server.faults = faults.always(refusal)
     async with shipping.process() as proxy:
         await shipping.send(proxy, "load", 40)
-        await until(lambda: NOTHING in proxy.log(), SOON_SECONDS)
+        await until(lambda: FAILS in proxy.log(), SOON_SECONDS)
 
         def twice_more(_operation: str, _blob: str, _number: int) -> Fault | None:
             nonlocal failed

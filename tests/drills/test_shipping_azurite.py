@@ -17,7 +17,7 @@ from azure.storage.blob import ContainerClient
 from tests.azure.azurite import ACCOUNT_KEY, Azurite, azurite
 from tests.azure.blob_server import ACCOUNT
 from tests.drills.load import ProxyProcess, Request, until
-from tests.drills.shipping import CONTAINER, GOES_ON, NOTHING, SOON_SECONDS, Blobs, Shipping, compare
+from tests.drills.shipping import CONTAINER, FAILS, GOES_ON, SOON_SECONDS, Blobs, Shipping, compare
 from tests.drills.sizes import AZURITE_KILLS, patiently
 
 _FORGOTTEN = re.compile(r"has lost (\d+) bytes; they are shipped again")
@@ -73,10 +73,10 @@ async def kill_again_and_again(shipping: Shipping, server: Azurite, *, closing: 
                 before = len(gone())
                 while len(gone()) == before if closing else not any(data for _, data in (await read(server)).values()):
                     await asyncio.sleep(0.01)
-                told = proxy.log().count(NOTHING)
+                told = proxy.log().count(FAILS)
                 await asyncio.to_thread(server.kill)
                 done.kills += 1
-                await one_more(proxy, NOTHING, told)
+                await one_more(proxy, FAILS, told)
                 done.gone |= gone()
                 told = proxy.log().count(GOES_ON)
                 await asyncio.to_thread(server.start)

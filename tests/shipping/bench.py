@@ -18,7 +18,7 @@ from proxy.shipping.lane import Lane
 from proxy.shipping.shipper import Chore, Shipper
 from proxy.spool.budget import Budget
 from proxy.spool.files import Files, LineFile
-from proxy.spool.layout import Place, new_process_id
+from proxy.spool.layout import LARGE, Place, new_process_id
 from proxy.spool.recovery import Journal
 from tests.shipping.memory import MemoryStore
 
@@ -178,7 +178,7 @@ class Process:
 
 
 def _place(spool: Path, url: str) -> Place:
-    large = url.rpartition("/")[0] + "/large"
+    large = f"{url}{LARGE}"
     return Place(destination.folder(spool, url), url, destination.folder(spool, large), large, remote=True)
 
 

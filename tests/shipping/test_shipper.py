@@ -344,7 +344,7 @@ async def test_a_body_becomes_a_blob_of_its_type(process: Process, account: Acco
     process.write(2, body=large)
     await process.turn()
     assert name.startswith("pre fix/e/d/request/2026/11/22/12/")
-    assert large.startswith("pre fix/e/d/large/2026/11/22/12/")
+    assert large.startswith("pre fix/e/d/request-large/2026/11/22/12/")
     assert large.endswith(".jsonl")
     assert (account.blobs[name].data, account.blobs[name].content_type) == (b"\x89PNG", "image/png; x=ü")
     assert (account.blobs[large].data, account.blobs[large].content_type) == (b"{}", "application/json")
@@ -479,11 +479,75 @@ async def test_a_body_that_can_t_be_read_keeps_no_other_one_waiting(process: Pro
     await process.turn()
     assert len(account.blobs) == 16
     state = process.shipper.states()[0]
-    assert (state.trouble, state.words) == ("disk", "the spool's disk has a fault: [Errno 13] Permission denied.")
+    words = "the spool's disk has a fault: [Errno 13] Permission denied. Lines beside it wait for it."
+    assert (state.trouble, state.words) in {("disk", f"{name}: {words}") for name in names[::5]}
     account.plan = None
     await process.turn(2)
     assert set(names) < set(account.blobs)
     assert process.cloud.numbers() == list(range(20))
+
+
+@pytest.mark.parametrize("bodies", [1, 3 * lanes.BODIES_AT_ONCE])
+@pytest.mark.parametrize("large", [False, True])
+async def test_a_body_that_can_t_be_shipped_keeps_only_lines_beside_it_waiting(
+    new: Processes, account: Account, caplog: pytest.LogCaptureFixture, *, bodies: int, large: bool
+) -> None:
+    process = new(REQUEST, RESPONSE, interval_seconds=5)
+    wrong = [process.body(collection="0", large=large) for _ in range(bodies)]
+    for number, name in enumerate(wrong):
+        process.write(number, collection="0", body=name)
+    account.plan = lambda operation, name: FORBIDDEN if operation == "put" and name in wrong else None
+    for number in range(1000, 1010):
+        process.write(number, collection="1", body=process.body(collection="1"))
+        before = account.calls["put"]
+        (pause,) = await process.turn()
+        assert pause >= 5  # it is not asked again and again
+        assert account.calls["put"] - before <= 3 * lanes.BODIES_AT_ONCE + 1
+    assert process.cloud.numbers() == list(range(1000, 1010))
+    assert process.shipper.states()[0].trouble == "forbidden"
+    (told,) = messages(caplog)
+    assert "container: shipping fails: " in told
+    assert any(f"{name}: {FORBIDDEN}" in told for name in wrong)
+    account.plan = None
+    await process.turn(2)
+    assert process.cloud.numbers() == [*range(bodies), *range(1000, 1010)]
+    assert account.early == []
+    assert process.pending() == 0
+    assert messages(caplog)[1:] == ["https://account.blob.core.windows.net/container: shipping goes on."]
+
+
+async def test_some_bodies_that_fail_in_each_turn_do_not_keep_the_lines_for_ever(
+    process: Process, account: Account
+) -> None:
+    """Not even when only what is wrong with single bodies is."""
+    chance = random.Random(7)
+    account.plan = lambda operation, _name: FORBIDDEN if operation == "put" and chance.random() < 0.3 else None
+    for number in range(600):
+        process.write(number, body=process.body())
+        if number % 20 == 19:
+            await process.turn()
+    assert process.ledger.account().delivered > 300
+    account.plan = None
+    await process.turn(3)
+    assert process.cloud.numbers() == list(range(600))
+    assert account.early == []
+
+
+async def test_many_bodies_that_can_t_be_shipped_are_not_all_kept_in_mind(
+    new: Processes, account: Account, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes, "MOST_LEFT", 20)
+    process = new(REQUEST, RESPONSE)
+    wrong = {process.body() for _ in range(100)}
+    process.write(*range(100))
+    account.plan = lambda operation, name: (
+        FORBIDDEN if operation == "put" and name in wrong and hash(name) % 3 else None
+    )
+    for number in range(100, 110):
+        process.write(number, collection="1")
+        await process.turn()
+    assert process.cloud.numbers() == list(range(100, 110))
+    assert len(next(iter(process.shipper._lanes.values()))._left) <= 20 + lanes.BODIES_AT_ONCE
 
 
 async def test_a_body_that_another_process_ships_first(process: Process, account: Account) -> None:
@@ -829,9 +893,7 @@ async def test_what_lasts_is_told_once_and_its_end_once(
         (lane.url, "forbidden", FORBIDDEN.words)
     ]
     (told,) = messages(caplog)
-    assert told.startswith(
-        f"https://account.blob.core.windows.net/container: nothing can be shipped there now: {FORBIDDEN}"
-    )
+    assert told.startswith(f"https://account.blob.core.windows.net/container: shipping fails: {FORBIDDEN}")
     assert str(lane.folder) in told
     caplog.clear()
     account.plan = None
