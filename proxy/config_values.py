@@ -167,6 +167,8 @@ def _storage_url(text: str) -> str:
     scheme, separator, rest = text.partition("://")
     if not separator:
         _need(text and not re.match(r"[A-Za-z][\w+.-]*:", text))  # file:/x and https:x are no paths
+        if re.match(r"[A-Za-z0-9-]+\.(blob|dfs)\.[A-Za-z0-9.-]+/", text):
+            raise WrongValueError("has no scheme; write https:// before it, or ./ if it is a folder")
         return _file_url(text)
     if scheme.lower() == "file":
         host, _, path = rest.partition("/")

@@ -24,6 +24,7 @@ from proxy.shipping import destination
 from proxy.shipping.azure_blob import Azure
 from proxy.shipping.azureml import assets
 from proxy.shipping.store import NotNow
+from proxy.spool.budget import bytes_below
 
 LARGEST_CLOCK_ERROR_SECONDS = 60.0  # Azure refuses keys and tokens at 15 minutes
 UPSTREAM_SECONDS = 10.0
@@ -94,12 +95,13 @@ def _folder(folder: Path) -> Finding:
 
 
 def _room(settings: Settings) -> Finding:
-    folder = (measured_roots(settings) or [spool_path(settings)])[0]
+    roots = measured_roots(settings) or [spool_path(settings)]
+    folder = roots[0]
     while not folder.exists():
         folder = folder.parent
     free, budget = shutil.disk_usage(folder).free, settings.spool.max_bytes
     words = f"disk     {_size(free)} free at {folder}, budget (spool.max_bytes) {_size(budget) if budget else 'without limit'}"
-    if free < max(budget, 1024 * 1024):
+    if free < max(budget - bytes_below(roots), 1024 * 1024):
         return Finding(False, f"{words}: the disk is full before the budget is used up")
     return Finding(True, words)
 
@@ -108,6 +110,7 @@ async def _remote(settings: Settings, azure: Azure) -> AsyncIterator[Finding]:
     collections = settings.data_collector.collections
     roots = {place.root_url: collections[name].client_id for name, place in places(settings).items() if place.remote}
     seen = set()
+    clocks = set()
     failed = set()
     for root, client_id in roots.items():
         place, path = destination.parse(root)
@@ -126,11 +129,12 @@ async def _remote(settings: Settings, azure: Azure) -> AsyncIterator[Finding]:
             yield Finding(
                 True, f"blobs    {opened.container.url}/{quote(path)} can be written{f'; {left}' if left else ''}"
             )
+            words = f"clock    this machine's is {clock_error_seconds:+.0f} s off Azure's"
             if abs(clock_error_seconds) > LARGEST_CLOCK_ERROR_SECONDS:
-                yield Finding(
-                    False,
-                    f"clock    this machine's is {clock_error_seconds:+.0f} s off Azure's; partitions and tokens go by it",
-                )
+                yield Finding(False, f"{words}; partitions and tokens go by it")
+            elif opened.container not in clocks:
+                clocks.add(opened.container)
+                yield Finding(True, words)
         except NotNow as error:
             failed.add((place, client_id))
             yield Finding(False, f"blobs    {place.url}: {error.words}")

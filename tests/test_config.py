@@ -448,6 +448,10 @@ COLLECTION = "data_collector.collections.request"
                 ("wasbs://c@a.blob.x.net/d", "'…@a.blob.x.net/d'", "/d"),
             )
         ),
+        *(
+            ("storage.url", wrong, f"'{wrong}' has no scheme; write https:// before it, or ./ if it is a folder")
+            for wrong in ("a.blob.core.windows.net/c", "a1-x.dfs.core.windows.net/c/d")
+        ),
         ("storage.url", "https://a.blob.core.windows.net/c?sv=1&sig=S", f"'https://a.blob.core.windows.net/c?…' {SAS}"),
         *(
             (f"{COLLECTION}.data.path", wrong, f"'{wrong}' is not a data path; use {URLS}, without . and .. folders")

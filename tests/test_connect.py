@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -55,7 +56,15 @@ async def test_all_is_well_and_nothing_is_left(tmp_path: Path) -> None:
     async with blob_server() as server:
         lines = await found(f"{server.account_url}/c/pre%20fix", tmp_path)
         assert failures(lines) == []
-        assert [line[5:].split()[0] for line in lines] == ["upstream", "folder", "disk", "right", "blobs", "blobs"]
+        assert [line[5:].split()[0] for line in lines] == [
+            "upstream",
+            "folder",
+            "disk",
+            "right",
+            "blobs",
+            "clock",
+            "blobs",
+        ]
         assert "200 to GET /" in lines[0]
         assert lines[3] == f"     right    the account key of {CONNECTION_STRING}"
         assert (
@@ -66,6 +75,18 @@ async def test_all_is_well_and_nothing_is_left(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+async def test_what_the_spool_holds_is_of_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=2 * 1024 * 1024)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: usage)
+    backlog = tmp_path / "spool" / "http" / "backlog"
+    backlog.parent.mkdir(parents=True)
+    async with blob_server() as server:
+        for size, full in ((0, True), (3 * 1024 * 1024, False)):
+            backlog.write_bytes(bytes(size))
+            lines = await found(f"{server.account_url}/c/p", tmp_path, **{"spool.max_bytes": 4 * 1024 * 1024})
+            assert any("the disk is full before the budget is used up" in line for line in failures(lines)) == full
+
+
 async def test_local_storage_needs_no_azure(tmp_path: Path) -> None:
     lines = await found(str(tmp_path / "data"), tmp_path)
     assert failures(lines) == []
@@ -74,7 +95,7 @@ async def test_local_storage_needs_no_azure(tmp_path: Path) -> None:
 
 
 REFUSALS = {
-    "no role": (faults.NOT_PERMITTED, "is refused (AuthorizationPermissionMismatch)"),
+    "no role": (faults.NOT_PERMITTED, "is refused (403 AuthorizationPermissionMismatch)"),
     "wrong key": (faults.NOT_AUTHENTICATED, "it is not this account's key, or this machine's clock is wrong"),
     "no append blobs": (faults.WRONG_ACCOUNT, "has no append blobs (BlobTypeNotSupported); use a general-purpose v2"),
     "busy": (faults.busy(), "it is busy (503 ServerBusy)"),

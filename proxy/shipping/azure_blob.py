@@ -114,7 +114,7 @@ class AzureBlobStore:
         except AbsentError:
             return None
         if found.blob_type is None:
-            raise NotNow("unexpected", f"{self.url}: what answers there is not Azure Blob Storage.")
+            raise self._not_azure("no type of the blob")
         if found.blob_type != "AppendBlob":
             raise OtherBlobError(name)
         return Blob(found.size, found.append_blob_committed_block_count or 0)
@@ -133,18 +133,22 @@ class AzureBlobStore:
                 continue
             except ExistsError:
                 pass
+            except AbsentError:
+                raise self._not_azure("404") from None
             return
 
     async def append(self, name: str, data: bytes, position: int) -> None:
         # Closed at the end: what the SDK keeps of a request in cycles would keep its megabytes until they are collected.
         with io.BytesIO(data) as block:
             async with self._blob(name) as blob:
-                await blob.append_block(
+                done = await blob.append_block(
                     block,
                     len(data),
                     appendpos_condition=position,
                     raw_response_hook=lambda _: block.seek(0),  # the SDK sends it again when a token is refused
                 )
+        if str(done.get("blob_append_offset")) != str(position):
+            raise self._not_azure("no offset of the append")
 
     async def read(self, name: str, start: int, size: int) -> bytes:
         with contextlib.suppress(BeyondError):
@@ -160,13 +164,19 @@ class AzureBlobStore:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             for _ in range(2):  # the second time if the container had to be made
-                with contextlib.suppress(_ContainerMadeError):
+                try:
                     async with self._blob(name, more_seconds=size / SLOWEST_BYTES_PER_SECOND) as blob:
-                        await blob.upload_blob(
+                        done = await blob.upload_blob(
                             file, length=size, overwrite=True, max_concurrency=1, content_settings=settings
                         )
-                        return
-                file.seek(0)
+                except _ContainerMadeError:
+                    file.seek(0)
+                    continue
+                except AbsentError:
+                    raise self._not_azure("404") from None
+                if not done.get("request_id"):
+                    raise self._not_azure("no id of the request")
+                return
             raise NotNow("container", f"there is no container {self.url}; it was made, and has vanished again.")
 
     async def probe(self, folder: str) -> tuple[float, str]:
@@ -215,6 +225,11 @@ class AzureBlobStore:
     def url(self) -> str:
         return self._opened.container.url if self._opened is not None else self._place.url
 
+    def _not_azure(self, what: str) -> NotNow:
+        return NotNow(
+            "unexpected", f"what answers at {self.url} is not Azure Blob Storage ({what}); correct storage.url."
+        )
+
     @contextlib.asynccontextmanager
     async def _blob(self, name: str, *, more_seconds: float = 0.0) -> AsyncIterator[BlobClient]:
         """The blob ``name``; what goes wrong with it is told in the words of Store. A missing container is made."""
@@ -256,7 +271,8 @@ class AzureBlobStore:
 
     async def _find(self) -> Opened:
         if isinstance(self._place, Container):
-            container, secret = self._place, credentials.secret(self._azure.environ, self._place)
+            container = self._place
+            secret = credentials.secret(self._azure.environ, container, or_identity=self._client_id is not None)
         else:
             found: ResolvedDatastore = await self._azure.control_plane(self._client_id).resolve(self._place)
             container = found.container

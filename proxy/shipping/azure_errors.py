@@ -8,17 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import re
+import time
 from collections.abc import Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
-from proxy.shipping.credentials import Opened
+from proxy.shipping.credentials import Opened, Secret
 from proxy.shipping.store import AbsentError, BlobFullError, NotNow, OtherBlobError, PositionTakenError
 
 if TYPE_CHECKING:
     from azure.core.exceptions import AzureError, HttpResponseError
 
 _ROLE = "Storage Blob Data Contributor"
+_OWN_WORDS = {
+    "AccountIsDisabled": "the storage account is disabled",
+    "AuthorizationSourceIPMismatch": "the SAS is for other addresses than this machine's",
+    "UnauthorizedBlobOverwrite": "the right allows no overwriting; a SAS has to allow read, add, create and write (sp=racw)",
+}
 _NO_APPEND_BLOBS = frozenset(
     {
         "BlobTypeNotSupported",
@@ -102,11 +110,13 @@ def _refusal(error: HttpResponseError, url: str, opened: Opened | None) -> Excep
             f"this storage account has no append blobs ({code}); use a general-purpose v2 account "
             "(or a premium one for block blobs).",
         )
+    if code.startswith("Lease"):
+        return NotNow("conflict", f"somebody has leased the blob or the container ({code}); break the lease.")
     if code.startswith("BlobImmutable"):
         return NotNow("forbidden", f"the blob is immutable by a policy ({code}); allow protected append writes in it.")
     if status in (401, 403):
         return NotNow(*_forbidden(error, code, opened))
-    if status in (408, 429, 503) or code in ("BlobModifiedWhileReading", "ServerBusy", "LeaseIdMissing"):
+    if status in (408, 429, 503) or code in ("BlobModifiedWhileReading", "ServerBusy"):
         return NotNow("busy", f"it is busy ({status} {code}).", _retry_after(error))
     if status >= 500:
         return NotNow("server", f"it has a fault of its own ({status} {code}).", _retry_after(error))
@@ -116,30 +126,41 @@ def _refusal(error: HttpResponseError, url: str, opened: Opened | None) -> Excep
 def _forbidden(error: HttpResponseError, code: str, opened: Opened | None) -> tuple[str, str]:
     secret = opened.secret if opened is not None else None
     right = opened.right if opened is not None else "this machine's identity"
+    if code in _OWN_WORDS:
+        return "forbidden", f"{_OWN_WORDS[code]} ({code})."
     if code == "AuthorizationFailure":
-        return "forbidden", f"the account's firewall or network rules refuse this machine ({code})."
+        words = f"the account's firewall or network rules refuse this machine ({code})"
+        return "forbidden", f"{words}." if secret is None else f"{words}, or {right} is wrong: {_doubt(secret)}."
     if code == "KeyBasedAuthenticationNotPermitted":
         return (
             "forbidden",
             f"the account allows no keys ({code}); unset {secret.source if secret else 'the key'} and use an identity.",
         )
-    if secret is not None and secret.sas_token is not None:
-        expires = parse_qs(secret.sas_token).get("se", ["?"])[0]
-        return "forbidden", (
-            f"{right} is refused ({code}). It is valid until {expires}, and has to allow "
-            "read, add, create and write (sp=racw); put a new one there."
-        )
+    refusal = f"{error.status_code} {code}".rstrip()
     if secret is not None:
-        return (
-            "forbidden",
-            f"{right} is refused ({code}): it is not this account's key, or this machine's clock is wrong.",
-        )
+        return "forbidden", f"{right} is refused ({refusal}): {_doubt(secret)}."
     if code in ("AuthorizationPermissionMismatch", "InsufficientAccountPermissions", "AuthorizationPermissionDenied"):
         return "forbidden", (
             f"{right} may not write there ({code}); give it the role {_ROLE!r} on the account or the container "
             "(it takes some minutes until a role works)."
         )
-    return "forbidden", f"{right} is refused ({error.status_code} {code})."
+    return "forbidden", (
+        f"{right} is refused ({refusal}): it is of another tenant than the account, this machine's clock is wrong, "
+        f"or it lacks the role {_ROLE!r}."
+    )
+
+
+def _doubt(secret: Secret) -> str:
+    """What may be wrong with ``secret``."""
+    if secret.sas_token is None:
+        return "it is not this account's key, or this machine's clock is wrong"
+    expires = parse_qs(secret.sas_token).get("se", [""])[0]
+    with contextlib.suppress(ValueError):
+        end = datetime.fromisoformat(expires)
+        if (end if end.tzinfo else end.replace(tzinfo=UTC)) < datetime.now(UTC):
+            return f"it has expired at {expires}; put a new one there"
+    until = f"is valid until {expires}, and " if expires else ""
+    return f"it {until}has to allow read, add, create and write (sp=racw) in this container; put a new one there"
 
 
 def _no_identity(error: AzureError, opened: Opened | None) -> str:
@@ -177,7 +198,10 @@ def _headers(error: HttpResponseError) -> Mapping[str, str]:
 
 def _retry_after(error: HttpResponseError) -> float:
     """In seconds; 0 if it does not say."""
+    headers = _headers(error)
     for name, unit in (("retry-after-ms", 0.001), ("x-ms-retry-after-ms", 0.001), ("retry-after", 1.0)):
         with contextlib.suppress(KeyError, ValueError):
-            return max(0.0, float(_headers(error)[name]) * unit)
+            return max(0.0, float(headers[name]) * unit)
+    with contextlib.suppress(KeyError, ValueError, TypeError):
+        return max(0.0, parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time())
     return 0.0

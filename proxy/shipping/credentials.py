@@ -50,13 +50,25 @@ class Opened:
         return f"{'the account key' if self.secret.account_key else 'the SAS'} of {self.secret.source}"
 
 
-def secret(environ: Mapping[str, str], container: Container) -> Secret | None:
-    """The secret for ``container``; None: an identity is to be used. Raises NotNow when what is there can't be used."""
+def secret(environ: Mapping[str, str], container: Container, *, or_identity: bool = False) -> Secret | None:
+    """The secret for ``container``; None: an identity is to be used. Raises NotNow when what is there can't be used.
+
+    or_identity: there is an identity for this container, in case that the secret is another account's.
+    """
     for name, read in ((CONNECTION_STRING, _from_connection_string), (KEY, _from_key), (SAS_TOKEN, _from_sas)):
         value, source = _value(environ, name)
         if value:
-            return read(value, source, container)
+            try:
+                return read(value, source, container)
+            except _OtherAccountError:
+                if not or_identity:
+                    raise
+                return None
     return None
+
+
+class _OtherAccountError(NotNow):
+    """The secret is another account's."""
 
 
 def _value(environ: Mapping[str, str], name: str) -> tuple[str, str]:
@@ -68,11 +80,21 @@ def _value(environ: Mapping[str, str], name: str) -> tuple[str, str]:
     try:
         text = Path(file).read_text().strip()
         reason = "" if text else "it is empty"
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         text, reason = "", (error.strerror or "") if isinstance(error, OSError) else "it is no text"
-    if not text:
+    if not text and _is_path(file):
         raise NotNow("identity", f"{name}_FILE: can't read {file}: {reason}.")
+    if not text:  # what stands there may be the secret itself: it is not shown
+        raise NotNow("identity", f"{name}_FILE is not the path of a file; it takes the path, {name} the secret itself.")
     return text, f"{name}_FILE"
+
+
+def _is_path(text: str) -> bool:
+    """Whether ``text`` is meant as a path. Keys, SAS and connection strings have a ``=``."""
+    try:
+        return ("=" not in text and text.startswith("/")) or Path(text).exists()
+    except (OSError, ValueError):  # too long, or with a NUL
+        return False
 
 
 def _from_connection_string(text: str, source: str, container: Container) -> Secret:
@@ -86,7 +108,9 @@ def _from_connection_string(text: str, source: str, container: Container) -> Sec
         parts = {"accountname": "devstoreaccount1", "accountkey": _EMULATOR_KEY}
     account = parts.get("accountname")
     if account is not None and account != container.account:
-        raise NotNow("identity", f"{source} is for the account {account!r}, the destination is {container.url}.")
+        raise _OtherAccountError(
+            "identity", f"{source} is for the account {account!r}, the destination is {container.url}."
+        )
     if parts.get("accountkey"):
         return _from_key(parts["accountkey"], source, container)
     if parts.get("sharedaccesssignature"):

@@ -9,6 +9,8 @@ import logging
 import ssl
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 from urllib.parse import quote
 
@@ -269,7 +271,7 @@ REFUSALS = [
     (429, "TooManyRequests", "busy", "429"),
     (408, "RequestTimeout", "busy", "408"),
     (409, "BlobModifiedWhileReading", "busy", "BlobModifiedWhileReading"),
-    (412, "LeaseIdMissing", "busy", "LeaseIdMissing"),
+    (412, "LeaseIdMissing", "conflict", "break the lease"),
     (500, "InternalError", "server", "it has a fault of its own (500 InternalError)"),
     (500, "OperationTimedOut", "server", "OperationTimedOut"),
     (502, "", "server", "502"),
@@ -353,6 +355,7 @@ def test_pauses_are_read_in_every_form() -> None:
         ({"x_ms_retry_after_ms": "250"}, 0.25),
         ({"retry_after": "-5"}, 0),
         ({"retry_after": "Wed, 21 Oct 2026 07:28:00 GMT"}, 0),
+        ({"retry_after": format_datetime(datetime.now(UTC) + timedelta(hours=1))}, pytest.approx(3600, abs=60)),
         ({"retry_after": "soon"}, 0),
         ({}, 0),
     ):
@@ -370,9 +373,32 @@ async def test_a_sas_that_is_refused_says_until_when_it_is_valid(server: BlobSer
         error = await refusal(store.append(NAME, LINE, 0))
     assert error.reason == "forbidden"
     assert error.words == (
-        "the SAS of AZURE_STORAGE_SAS_TOKEN is refused (AuthenticationFailed). It is valid until 2026-11-23T12:00:00Z, "
-        "and has to allow read, add, create and write (sp=racw); put a new one there."
+        "the SAS of AZURE_STORAGE_SAS_TOKEN is refused (403 AuthenticationFailed): it has expired at 2026-11-23T12:00:00Z; "
+        "put a new one there."
     )
+
+
+@pytest.mark.parametrize(
+    ("expires", "words"),
+    [
+        ("", "it has to allow read, add, create and write (sp=racw) in this container; put a new one there."),
+        ("2020-01-01", "it has expired at 2020-01-01; put a new one there."),
+        ("2999-01-01T00:00Z", "it is valid until 2999-01-01T00:00Z, and has to allow read, add, create and write"),
+        ("never", "it is valid until never, and has to allow read, add, create and write"),
+    ],
+)
+@pytest.mark.parametrize(
+    "code", ["AuthenticationFailed", "AuthorizationPermissionMismatch", "AuthorizationFailure", ""]
+)
+async def test_what_may_be_wrong_with_a_sas(server: BlobServer, expires: str, words: str, code: str) -> None:
+    server.faults = faults.always(refused(403, code))
+    sas = f"sv=x{expires and '&se='}{expires}&sig={quote(SIGNATURE, safe='')}"
+    async with opened(server.account_url, {"AZURE_STORAGE_SAS_TOKEN": sas}) as store:
+        error = await refusal(store.append(NAME, LINE, 0))
+    assert words in error.words
+    assert "AZURE_STORAGE_SAS_TOKEN is " in error.words
+    assert ("firewall" in error.words) == (code == "AuthorizationFailure")
+    assert "()" not in error.words
 
 
 @pytest.mark.parametrize("sas", [f"sv=x&sig={quote(SIGNATURE, safe='')}", f"?{SAS}", f"https://a/c?{SAS}"])
@@ -380,7 +406,7 @@ async def test_any_sas_that_is_refused(server: BlobServer, sas: str) -> None:
     server.faults = faults.always(refused(403, "AuthorizationPermissionMismatch"))
     async with opened(server.account_url, {"AZURE_STORAGE_SAS_TOKEN": sas}) as store:
         error = await refusal(store.append(NAME, LINE, 0))
-    assert "is refused (AuthorizationPermissionMismatch). It is valid until " in error.words
+    assert "is refused (403 AuthorizationPermissionMismatch): it has " in error.words
 
 
 async def test_a_secret_that_is_refused_is_read_again(server: BlobServer, tmp_path: Path) -> None:
@@ -495,7 +521,9 @@ async def test_an_identity(private_server: BlobServer, endpoint: Identity, caplo
             "'Storage Blob Data Contributor' on the account or the container (it takes some minutes until a role works)."
         )
         private_server.faults = faults.always(refused(403, "AccountIsDisabled"))
-        assert "is refused (403 AccountIsDisabled)" in (await refusal(store.look(NAME))).words
+        assert "the storage account is disabled" in (await refusal(store.look(NAME))).words
+        private_server.faults = faults.always(refused(401, "InvalidAuthenticationInfo"))
+        assert "(401 InvalidAuthenticationInfo): it is of another tenant" in (await refusal(store.look(NAME))).words
         private_server.faults = faults.always(faults.TOKEN_EXPIRED)
         assert (await refusal(store.append(NAME, LINE, 0))).reason == "forbidden"
         private_server.faults = None
@@ -700,6 +728,27 @@ async def test_something_that_is_not_azure(tmp_path: Path, answer: bytes, call: 
         error = await refusal((await calls(store, tmp_path / "body"))[call]())
     assert error.reason in ("unreachable", "unexpected", "identity", "forbidden")
     assert "elsewhere" not in error.words
+
+
+@pytest.mark.parametrize(
+    ("answer", "call"),
+    [("404 Not Found", "create"), ("404 Not Found", "put"), ("201 Created", "append"), ("201 Created", "put")],
+)
+async def test_what_is_not_azure_delivers_nothing(tmp_path: Path, answer: str, call: str) -> None:
+    """A wrong port, or a gateway."""
+    async with (
+        answering(saying(f"HTTP/1.1 {answer}\r\nContent-Length: 0\r\n\r\n".encode())) as url,
+        opened(url) as store,
+    ):
+        error = await refusal((await calls(store, tmp_path / "body"))[call]())
+        assert error.reason == "unexpected"
+        assert f"what answers at {url}/container is not Azure Blob Storage" in error.words
+
+
+async def test_a_probe_of_what_is_not_azure(tmp_path: Path) -> None:
+    async with answering(saying(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")) as url, opened(url) as store:
+        error = await refusal(store.probe("folder/"))
+    assert "is not Azure Blob Storage (404); correct storage.url" in error.words
 
 
 @pytest.mark.parametrize("call", CALLS)

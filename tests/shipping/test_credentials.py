@@ -102,6 +102,10 @@ def test_files_that_can_t_be_used(tmp_path: Path) -> None:
     binary.write_bytes(b"\xff\xfe")
     empty.write_text(" \n")
     assert refused(KEY_FILE=str(missing)) == f"AZURE_STORAGE_KEY_FILE: can't read {missing}: No such file or directory."
+    for value in (KEY, SAS, CONNECTION, f"/{KEY}", f"{KEY}\0", KEY * 100):  # the secret itself by mistake
+        assert refused(KEY_FILE=value) == (
+            "AZURE_STORAGE_KEY_FILE is not the path of a file; it takes the path, AZURE_STORAGE_KEY the secret itself."
+        )
     assert refused(KEY_FILE=str(tmp_path)) == f"AZURE_STORAGE_KEY_FILE: can't read {tmp_path}: Is a directory."
     assert refused(KEY_FILE=str(binary)) == f"AZURE_STORAGE_KEY_FILE: can't read {binary}: it is no text."
     assert refused(KEY_FILE=str(empty)) == f"AZURE_STORAGE_KEY_FILE: can't read {empty}: it is empty."
@@ -126,6 +130,13 @@ def test_files_that_can_t_be_used(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_what_can_t_be_used_is_told_without_its_value(environ: dict[str, str], words: str) -> None:
     assert words in refused(**environ)
+
+
+def test_who_has_an_identity_needs_no_secret_of_another_account() -> None:
+    environ = {"AZURE_STORAGE_CONNECTION_STRING": f"AccountName=other;AccountKey={KEY}"}
+    assert secret(environ, ACCOUNT, or_identity=True) is None
+    environ = {"AZURE_STORAGE_CONNECTION_STRING": f"AccountName=acct;AccountKey={KEY}"}
+    assert secret(environ, ACCOUNT, or_identity=True) == Secret("AZURE_STORAGE_CONNECTION_STRING", account_key=KEY)
 
 
 def test_a_secret_does_not_show_itself() -> None:
