@@ -167,8 +167,12 @@ def _storage_url(text: str) -> str:
     scheme, separator, rest = text.partition("://")
     if not separator:
         _need(text and not re.match(r"[A-Za-z][\w+.-]*:", text))  # file:/x and https:x are no paths
-        if re.match(r"[A-Za-z0-9-]+\.(blob|dfs)\.[A-Za-z0-9.-]+/", text):
-            raise WrongValueError("has no scheme; write https:// before it, or ./ if it is a folder")
+        first, _, path = text.partition("?")[0].partition("/")
+        if re.search(r"\.(blob|dfs)\.", first, re.IGNORECASE):
+            _, at, host = first.rpartition("@")
+            host = re.sub(r"\.dfs\.", ".blob.", host, count=1, flags=re.IGNORECASE)  # dfs speaks another protocol
+            url = "/".join(filter(None, (f"https://{host}", "CONTAINER" if at or not path else "", path)))
+            raise WrongValueError(f"has no scheme; write {shown(url)}, or the absolute path if it is a folder")
         return _file_url(text)
     if scheme.lower() == "file":
         host, _, path = rest.partition("/")

@@ -6,6 +6,7 @@ Sends one ``GET /`` to the model server, writes and removes a file in each local
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import ssl
@@ -82,10 +83,11 @@ async def _upstream(settings: Settings) -> Finding:
 
 
 def _folder(folder: Path) -> Finding:
-    existing = folder
-    while not existing.exists():
-        existing = existing.parent
+    existing = _existing(folder)
     try:
+        for path in (folder, *(existing / part for part in folder.parts[len(existing.parts) :])):
+            with contextlib.suppress(FileNotFoundError):
+                path.stat()  # a name that is too long is one also where nothing is
         with tempfile.NamedTemporaryFile(dir=existing, prefix=".payload-logger-check-") as file:
             file.write(b"x")
     except OSError as error:
@@ -96,14 +98,21 @@ def _folder(folder: Path) -> Finding:
 
 def _room(settings: Settings) -> Finding:
     roots = measured_roots(settings) or [spool_path(settings)]
-    folder = roots[0]
-    while not folder.exists():
-        folder = folder.parent
-    free, budget = shutil.disk_usage(folder).free, settings.spool.max_bytes
+    folder = _existing(roots[0])
+    free, budget, used = shutil.disk_usage(folder).free, settings.spool.max_bytes, bytes_below(roots)
     words = f"disk     {_size(free)} free at {folder}, budget (spool.max_bytes) {_size(budget) if budget else 'without limit'}"
-    if free < max(budget - bytes_below(roots), 1024 * 1024):
+    if used:
+        words += f", {_size(used)} used"
+    if free < max(budget - used, 1024 * 1024):
         return Finding(False, f"{words}: the disk is full before the budget is used up")
     return Finding(True, words)
+
+
+def _existing(folder: Path) -> Path:
+    """``folder``, or the nearest one above it that there is."""
+    while not os.path.exists(folder):  # noqa: PTH110  Path.exists raises OSError for names that are too long
+        folder = folder.parent
+    return folder
 
 
 async def _remote(settings: Settings, azure: Azure) -> AsyncIterator[Finding]:

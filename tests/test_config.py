@@ -449,8 +449,17 @@ COLLECTION = "data_collector.collections.request"
             )
         ),
         *(
-            ("storage.url", wrong, f"'{wrong}' has no scheme; write https:// before it, or ./ if it is a folder")
-            for wrong in ("a.blob.core.windows.net/c", "a1-x.dfs.core.windows.net/c/d")
+            (path, wrong, f"'{shown}' has no scheme; write 'https://{url}', or the absolute path if it is a folder")
+            for path in ("storage.url", f"{COLLECTION}.data.path")
+            for wrong, shown, url in (
+                ("a.blob.core.windows.net/c", "a.blob.core.windows.net/c", "a.blob.core.windows.net/c"),
+                ("A.BLOB.x.net/c/d/", "A.BLOB.x.net/c/d/", "A.BLOB.x.net/c/d/"),
+                ("a1-x.dfs.x.net/c/d", "a1-x.dfs.x.net/c/d", "a1-x.blob.x.net/c/d"),
+                ("a.blob.x.net", "a.blob.x.net", "a.blob.x.net/CONTAINER"),
+                ("a_b.blob.x.net/", "a_b.blob.x.net/", "a_b.blob.x.net/CONTAINER"),
+                ("c@a.dfs.x.net/d", "…@a.dfs.x.net/d", "a.blob.x.net/CONTAINER/d"),
+                ("a.blob.x.net/c?sig=S", "a.blob.x.net/c?…", "a.blob.x.net/c"),
+            )
         ),
         ("storage.url", "https://a.blob.core.windows.net/c?sv=1&sig=S", f"'https://a.blob.core.windows.net/c?…' {SAS}"),
         *(
@@ -549,6 +558,8 @@ def test_a_check_between_values_waits_for_both_to_be_right(problems: Problems) -
     [
         ("storage.url", "AccountName=a;AccountKey=c2VjcmV0;EndpointSuffix=core.windows.net://", "c2VjcmV0"),
         ("storage.url", "https://a.blob.core.windows.net/c?sig=c2VjcmV0", "c2VjcmV0"),
+        ("storage.url", "a.blob.core.windows.net/c?sig=c2VjcmV0", "c2VjcmV0"),
+        ("storage.url", "c2VjcmV0@a.blob.core.windows.net/c", "c2VjcmV0"),
         ("proxy.upstream", "http://user:c2Vj/cmV0@host:80", "c2Vj"),
         ("proxy.upstream", "user:c2VjcmV0@host:80", "c2VjcmV0"),
         ("capture.include", ["Authorization: Bearer c2VjcmV0"], "c2VjcmV0"),

@@ -70,6 +70,9 @@ async def test_all_is_well_and_nothing_is_left(tmp_path: Path) -> None:
         assert (
             lines[4] == f"ok   blobs    {server.account_url}/c/pre%20fix/local-endpoint/default/request can be written"
         )
+        assert lines[5] in [
+            f"ok   clock    this machine's is {sign}{off} s off Azure's" for sign in "+-" for off in (0, 1)
+        ]
         assert server.requests["append"] == server.requests["read"] == server.requests["delete"] == 2
         assert not server.blobs
     assert not list(tmp_path.iterdir())
@@ -85,6 +88,7 @@ async def test_what_the_spool_holds_is_of_the_budget(tmp_path: Path, monkeypatch
             backlog.write_bytes(bytes(size))
             lines = await found(f"{server.account_url}/c/p", tmp_path, **{"spool.max_bytes": 4 * 1024 * 1024})
             assert any("the disk is full before the budget is used up" in line for line in failures(lines)) == full
+            assert any("budget (spool.max_bytes) 4 MiB, 3 MiB used" in line for line in lines) == bool(size)
 
 
 async def test_local_storage_needs_no_azure(tmp_path: Path) -> None:
@@ -141,7 +145,7 @@ async def test_nobody_there(tmp_path: Path) -> None:
         ({}, "it is plain HTTP, over which no token is sent: use https, or set AZURE_STORAGE_KEY"),
         ({"AZURE_STORAGE_KEY": "no key"}, "AZURE_STORAGE_KEY is no account key"),
         ({"AZURE_STORAGE_SAS_TOKEN": "secret"}, "AZURE_STORAGE_SAS_TOKEN is no SAS"),
-        ({"AZURE_STORAGE_KEY_FILE": "/does/not/exist"}, "AZURE_STORAGE_KEY_FILE: can't read /does/not/exist"),
+        ({"AZURE_STORAGE_KEY_FILE": "/does/not/exist"}, "AZURE_STORAGE_KEY_FILE names no file that exists"),
         ({CONNECTION_STRING: "AccountName=other;AccountKey=c2VjcmV0"}, "is for the account 'other'"),
     ],
 )
@@ -177,6 +181,14 @@ async def test_a_folder_that_cant_be_written(tmp_path: Path) -> None:
     lines = failures(await found(str(tmp_path / "data"), tmp_path, **{"spool.path": str(tmp_path / "file" / "x")}))
     assert len(lines) == 1
     assert lines[0].startswith(f"FAIL folder   {tmp_path / 'file' / 'x'}: can't write in {tmp_path / 'file'}")
+
+
+@pytest.mark.parametrize("folder", ["x" * 256, f"new/{'x' * 256}/y", f"new/{'ü' * 128}", "x/" * 2500])
+async def test_a_folder_whose_name_is_too_long(tmp_path: Path, folder: str) -> None:
+    data = str(tmp_path / "data")
+    (failure,) = failures(await found(data, tmp_path, **{"spool.path": str(tmp_path / folder)}))
+    assert failure.startswith(f"FAIL folder   {tmp_path / folder}: can't write in {tmp_path}: File name too long")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("works", "status"), [(True, 0), (False, 1)])

@@ -193,7 +193,9 @@ class AzureBlobStore:
             await self.append(name, line, 0)
             if await self.read(name, 0, len(line)) != line:
                 raise NotNow("unexpected", f"{name} does not hold what was appended to it.")
-        except (PositionTakenError, AbsentError, BlobFullError, OtherBlobError) as error:
+        except AbsentError:
+            raise self._not_azure("404") from None
+        except (PositionTakenError, BlobFullError, OtherBlobError) as error:
             raise NotNow("unexpected", f"{name} was changed by somebody else ({type(error).__name__}).") from None
         try:
             async with self._blob(name) as blob:
@@ -255,9 +257,11 @@ class AzureBlobStore:
                     await client.create_container()
         except NotNow as error:
             self._refused |= error.reason in _CREDENTIAL_REASONS
-            raise NotNow(
-                "container", f"there is no container {self.url}, and it can't be made: {error.words}"
-            ) from None
+            words = f"there is no container {self.url}, and it can't be made: {error.words}"
+            secret = self._opened.secret if self._opened is not None else None
+            if error.reason == "forbidden" and secret is not None and secret.of_one_container:
+                words = f"there is no container {self.url}; make it (the SAS of {secret.source} is for a container, and can't)."
+            raise NotNow("container", words) from None
 
     async def _open(self) -> ContainerClient:
         async with self._lock:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 _ROLE = "Storage Blob Data Contributor"
 _OWN_WORDS = {
-    "AccountIsDisabled": "the storage account is disabled",
-    "AuthorizationSourceIPMismatch": "the SAS is for other addresses than this machine's",
+    "AccountIsDisabled": "the storage account is disabled; enable it, or see to its subscription",
+    "AuthorizationSourceIPMismatch": "the SAS is for other addresses than this machine's; put one for these there",
     "UnauthorizedBlobOverwrite": "the right allows no overwriting; a SAS has to allow read, add, create and write (sp=racw)",
 }
 _NO_APPEND_BLOBS = frozenset(
@@ -116,10 +116,11 @@ def _refusal(error: HttpResponseError, url: str, opened: Opened | None) -> Excep
         return NotNow("forbidden", f"the blob is immutable by a policy ({code}); allow protected append writes in it.")
     if status in (401, 403):
         return NotNow(*_forbidden(error, code, opened))
+    refusal = f"{status} {code}".rstrip()
     if status in (408, 429, 503) or code in ("BlobModifiedWhileReading", "ServerBusy"):
-        return NotNow("busy", f"it is busy ({status} {code}).", _retry_after(error))
+        return NotNow("busy", f"it is busy ({refusal}).", _retry_after(error))
     if status >= 500:
-        return NotNow("server", f"it has a fault of its own ({status} {code}).", _retry_after(error))
+        return NotNow("server", f"it has a fault of its own ({refusal}).", _retry_after(error))
     return NotNow("unexpected", f"it refuses this: {status} {code or error.reason}.", _retry_after(error))
 
 

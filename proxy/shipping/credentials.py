@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os.path
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import parse_qs
 
 from proxy.shipping.destination import Container
 from proxy.shipping.store import NotNow
@@ -32,6 +34,11 @@ class Secret:
 
     def __repr__(self) -> str:
         return f"Secret({self.source})"
+
+    @property
+    def of_one_container(self) -> bool:
+        """Whether it is a SAS that is not the account's, and so may not make a container."""
+        return self.sas_token is not None and "sr" in parse_qs(self.sas_token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,24 +84,21 @@ def _value(environ: Mapping[str, str], name: str) -> tuple[str, str]:
     file = environ.get(f"{name}_FILE", "")
     if not file:
         return "", name
+    # What is no path may be the secret itself, and is not shown. Path.exists raises if it is too long.
+    if not os.path.exists(file):  # noqa: PTH110
+        raise NotNow(
+            "identity",
+            f"{name}_FILE names no file that exists (or none that may be read); "
+            "it takes the path of a file that holds the secret, not the secret itself.",
+        )
     try:
         text = Path(file).read_text().strip()
         reason = "" if text else "it is empty"
     except (OSError, ValueError) as error:
         text, reason = "", (error.strerror or "") if isinstance(error, OSError) else "it is no text"
-    if not text and _is_path(file):
+    if not text:
         raise NotNow("identity", f"{name}_FILE: can't read {file}: {reason}.")
-    if not text:  # what stands there may be the secret itself: it is not shown
-        raise NotNow("identity", f"{name}_FILE is not the path of a file; it takes the path, {name} the secret itself.")
     return text, f"{name}_FILE"
-
-
-def _is_path(text: str) -> bool:
-    """Whether ``text`` is meant as a path. Keys, SAS and connection strings have a ``=``."""
-    try:
-        return ("=" not in text and text.startswith("/")) or Path(text).exists()
-    except (OSError, ValueError):  # too long, or with a NUL
-        return False
 
 
 def _from_connection_string(text: str, source: str, container: Container) -> Secret:

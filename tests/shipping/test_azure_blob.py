@@ -274,7 +274,8 @@ REFUSALS = [
     (412, "LeaseIdMissing", "conflict", "break the lease"),
     (500, "InternalError", "server", "it has a fault of its own (500 InternalError)"),
     (500, "OperationTimedOut", "server", "OperationTimedOut"),
-    (502, "", "server", "502"),
+    (502, "", "server", "it has a fault of its own (502)."),
+    (429, "", "busy", "it is busy (429)."),
     (400, "InvalidHeaderValue", "unexpected", "it refuses this: 400 InvalidHeaderValue"),
     (413, "RequestBodyTooLarge", "unexpected", "413 RequestBodyTooLarge"),
     (404, "ResourceNotFound", "missing", "it is not there (ResourceNotFound); correct storage.url"),
@@ -288,6 +289,21 @@ REFUSALS = [
     (409, "UnsupportedBlobType", "account", "no append blobs"),
     (409, "BlobImmutableDueToPolicy", "forbidden", "immutable by a policy (BlobImmutableDueToPolicy)"),
     (403, "AuthorizationFailure", "forbidden", "firewall or network rules refuse this machine"),
+    (
+        403,
+        "AuthorizationFailure",
+        "forbidden",
+        "or the account key of AZURE_STORAGE_KEY is wrong: it is not this account's",
+    ),
+    (
+        403,
+        "AccountIsDisabled",
+        "forbidden",
+        "the storage account is disabled; enable it, or see to its subscription (Acc",
+    ),
+    (403, "AuthorizationSourceIPMismatch", "forbidden", "the SAS is for other addresses than this machine's"),
+    (403, "UnauthorizedBlobOverwrite", "forbidden", "the right allows no overwriting"),
+    (403, "", "forbidden", "the account key of AZURE_STORAGE_KEY is refused (403): it is not this account's key"),
     (403, "KeyBasedAuthenticationNotPermitted", "forbidden", "unset AZURE_STORAGE_KEY and use an identity"),
     (403, "AuthenticationFailed", "forbidden", "it is not this account's key, or this machine's clock is wrong"),
     (401, "InvalidAuthenticationInfo", "forbidden", "the account key of AZURE_STORAGE_KEY is refused"),
@@ -310,6 +326,8 @@ async def test_every_refusal_has_its_words(
     error = await refusal((await calls(store, tmp_path / "body"))[call]())
     assert error.reason == reason
     assert words in error.words
+    if code in azure_errors._OWN_WORDS:
+        assert "AZURE_STORAGE_KEY" not in error.words, "it is not the key's fault"
 
 
 STATED = [
@@ -383,6 +401,7 @@ async def test_a_sas_that_is_refused_says_until_when_it_is_valid(server: BlobSer
     [
         ("", "it has to allow read, add, create and write (sp=racw) in this container; put a new one there."),
         ("2020-01-01", "it has expired at 2020-01-01; put a new one there."),
+        ("2020-01-01T00:00:00Z", "it has expired at 2020-01-01T00:00:00Z; put a new one there."),
         ("2999-01-01T00:00Z", "it is valid until 2999-01-01T00:00Z, and has to allow read, add, create and write"),
         ("never", "it is valid until never, and has to allow read, add, create and write"),
     ],
@@ -438,12 +457,25 @@ async def test_a_secret_that_may_not_make_the_container_is_read_again(server: Bl
         assert server.authorizations[-1] == "sig=new"
 
 
+@pytest.mark.parametrize("call", CALLS)
+async def test_a_sas_of_a_container_that_is_missing(server: BlobServer, tmp_path: Path, call: str) -> None:
+    """It can't make it, nor could another one."""
+    server.faults = faults.always(refused(403, "AuthorizationFailure"), "create_container")
+    async with opened(server.account_url, {"AZURE_STORAGE_SAS_TOKEN": SAS}, name="another") as store:
+        error = await refusal((await calls(store, tmp_path / "body"))[call]())
+    assert error.reason == "container"
+    assert error.words == (
+        f"there is no container {server.account_url}/another; make it "
+        "(the SAS of AZURE_STORAGE_SAS_TOKEN is for a container, and can't)."
+    )
+
+
 async def test_a_call_that_is_refused_closes_nothing_under_the_others(
     store: AzureBlobStore, server: BlobServer
 ) -> None:
     await store.create(NAME)
     server.faults = faults.either(
-        faults.in_turn(faults.slow(0.1), operation="look"), faults.always(faults.NOT_AUTHENTICATED, "append")
+        faults.in_turn(faults.slow(0.4), operation="look"), faults.always(faults.NOT_AUTHENTICATED, "append")
     )
     slow = asyncio.create_task(store.look(NAME))
     while not server.happened["slow"]:
@@ -461,8 +493,10 @@ async def test_plain_http_wants_a_secret(server: BlobServer) -> None:
     async with opened(server.account_url, {}) as store:
         error = await refusal(store.look(NAME))
     assert error.reason == "identity"
-    assert "plain HTTP" in error.words
+    assert error.words.endswith("plain HTTP, over which no token is sent: use https, or set AZURE_STORAGE_KEY.")
     assert server.requests.total() == 0
+    async with opened(server.account_url, client_id="client-1") as store:  # outside Azure, with a YAML from there
+        assert await store.look(NAME) is None
 
 
 @pytest.mark.parametrize(
@@ -522,8 +556,18 @@ async def test_an_identity(private_server: BlobServer, endpoint: Identity, caplo
         )
         private_server.faults = faults.always(refused(403, "AccountIsDisabled"))
         assert "the storage account is disabled" in (await refusal(store.look(NAME))).words
-        private_server.faults = faults.always(refused(401, "InvalidAuthenticationInfo"))
-        assert "(401 InvalidAuthenticationInfo): it is of another tenant" in (await refusal(store.look(NAME))).words
+        for status, code in (
+            (401, "InvalidAuthenticationInfo"),
+            (401, "NoAuthenticationInformation"),
+            (403, "AuthenticationFailed"),
+            (403, "SomethingNew"),
+            (403, ""),
+        ):
+            private_server.faults = faults.always(refused(status, code))
+            assert (await refusal(store.look(NAME))).words == (
+                f"the identity with client id client-1 is refused ({f'{status} {code}'.strip()}): it is of another tenant than "
+                "the account, this machine's clock is wrong, or it lacks the role 'Storage Blob Data Contributor'."
+            )
         private_server.faults = faults.always(faults.TOKEN_EXPIRED)
         assert (await refusal(store.append(NAME, LINE, 0))).reason == "forbidden"
         private_server.faults = None
@@ -531,6 +575,16 @@ async def test_an_identity(private_server: BlobServer, endpoint: Identity, caplo
     for token in endpoint.issued:
         assert token not in caplog.text
         assert token not in error.words
+
+
+async def test_an_identity_comes_before_the_secret_of_another_account(
+    private_server: BlobServer, endpoint: Identity
+) -> None:
+    environ = {"AZURE_STORAGE_KEY": KEY, "AZURE_STORAGE_CONNECTION_STRING": f"AccountName=another;AccountKey={KEY}"}
+    async with opened(private_server.account_url, environ, "client-1") as store:
+        await store.create(NAME)
+        assert (await store.opened()).right == "the identity with client id client-1"
+    assert private_server.authorizations[-1] == f"Bearer {endpoint.issued[0]}"
 
 
 async def test_a_token_that_is_refused_once(private_server: BlobServer, endpoint: Identity, tmp_path: Path) -> None:
@@ -747,6 +801,18 @@ async def test_what_is_not_azure_delivers_nothing(tmp_path: Path, answer: str, c
 
 async def test_a_probe_of_what_is_not_azure(tmp_path: Path) -> None:
     async with answering(saying(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")) as url, opened(url) as store:
+        error = await refusal(store.probe("folder/"))
+    assert "is not Azure Blob Storage (404); correct storage.url" in error.words
+
+
+async def test_a_probe_whose_blob_is_not_there() -> None:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        made = head.startswith(b"PUT ") and b"comp=appendblock" not in head
+        writer.write(b"HTTP/1.1 %b\r\nContent-Length: 0\r\n\r\n" % (b"201 Created" if made else b"404 Not Found"))
+        await writer.drain()
+
+    async with answering(handle) as url, opened(url) as store:
         error = await refusal(store.probe("folder/"))
     assert "is not Azure Blob Storage (404); correct storage.url" in error.words
 

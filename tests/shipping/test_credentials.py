@@ -98,13 +98,15 @@ def test_a_file_is_read_each_time(tmp_path: Path) -> None:
 
 
 def test_files_that_can_t_be_used(tmp_path: Path) -> None:
-    missing, binary, empty = tmp_path / "missing", tmp_path / "binary", tmp_path / "empty"
+    binary, empty = tmp_path / "binary", tmp_path / "empty"
     binary.write_bytes(b"\xff\xfe")
     empty.write_text(" \n")
-    assert refused(KEY_FILE=str(missing)) == f"AZURE_STORAGE_KEY_FILE: can't read {missing}: No such file or directory."
-    for value in (KEY, SAS, CONNECTION, f"/{KEY}", f"{KEY}\0", KEY * 100):  # the secret itself by mistake
+    bare = "/Secret" + KEY.rstrip("=")
+    # the secret itself by mistake; longer than a name, and than a path, can be
+    for value in (KEY, SAS, CONNECTION, f"/{KEY}", bare, "Secret", f"{KEY}\0", f"{bare}\0", KEY * 10, f"/{KEY}" * 300):
         assert refused(KEY_FILE=value) == (
-            "AZURE_STORAGE_KEY_FILE is not the path of a file; it takes the path, AZURE_STORAGE_KEY the secret itself."
+            "AZURE_STORAGE_KEY_FILE names no file that exists (or none that may be read); "
+            "it takes the path of a file that holds the secret, not the secret itself."
         )
     assert refused(KEY_FILE=str(tmp_path)) == f"AZURE_STORAGE_KEY_FILE: can't read {tmp_path}: Is a directory."
     assert refused(KEY_FILE=str(binary)) == f"AZURE_STORAGE_KEY_FILE: can't read {binary}: it is no text."
@@ -130,6 +132,13 @@ def test_files_that_can_t_be_used(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_what_can_t_be_used_is_told_without_its_value(environ: dict[str, str], words: str) -> None:
     assert words in refused(**environ)
+
+
+@pytest.mark.parametrize(
+    ("token", "so"), [("sv=1&sr=c&sig=x", True), ("sv=1&ss=b&srt=sco&sig=x", False), (None, False)]
+)
+def test_what_is_for_one_container(token: str | None, so: bool) -> None:
+    assert Secret("SOURCE", sas_token=token).of_one_container == so
 
 
 def test_who_has_an_identity_needs_no_secret_of_another_account() -> None:
