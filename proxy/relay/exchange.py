@@ -154,6 +154,7 @@ class Exchange:
             late = perf_counter() - self._sent > STALE_SECONDS
             if pooled is None or pooled.answering or late or not replayable:
                 raise
+        pooled.abort()  # half open for an upgrade, it may have ended one direction only
         self._upstream = upstream = await pool.connect()
         self._sent = perf_counter()
         self._write_request(upstream, first)
@@ -210,6 +211,7 @@ class Exchange:
         chunked = chunked_body and not self._request.http10
         if until_close or chunked_body is not chunked or not self._request_passed or client.closing:
             self._keep_alive = False
+        client.unframed = until_close or chunked_body is not chunked
         head = response.head(self._request_id, chunked=chunked, connection=self._connection_header())
         self._witness.response_head(response.status, response.headers, not (until_close or chunked_body))
 
@@ -239,6 +241,7 @@ class Exchange:
         traffic.added.observe(self._sent - self._began + perf_counter() - ended)
         self._response_begun = True
         client.write(ready + last_chunk(allowed_trailers(body.trailers)) if chunked else ready)
+        client.unframed = False
         self._release(upstream, response, body)
         await client.drain()
 

@@ -73,9 +73,9 @@ class Request:
         self.last = is_last(headers.getall("connection", ()), http10=self.http10)  # on its connection
         self.chunked = "transfer-encoding" in headers
         self.length = self._length()
-        incoming = headers.get("x-request-id")
-        valid = incoming is not None and valid_request_id(incoming.encode("utf-8", "surrogateescape"))
-        self.client_id = incoming if valid else None
+        incoming = list(headers.getall("x-request-id", ()))
+        valid = len(incoming) == 1 and valid_request_id(incoming[0].encode("utf-8", "surrogateescape"))
+        self.client_id = incoming[0] if valid else None
         self.upgrade = self._upgrade()
         target, authority = origin_form(self.target.encode("utf-8", "surrogateescape"), route.base_path)
         for host in (headers.get("host", "").encode("utf-8", "surrogateescape"), authority or b""):

@@ -50,6 +50,7 @@ class Downstream(Connection):
         "forwarding",
         "left",
         "tunnelling",
+        "unframed",
         "waiting_since",
     )
 
@@ -65,6 +66,7 @@ class Downstream(Connection):
         self.left = True  # whose doing the end of the connection is, if it ends: the client's, unless we ``cut`` it
         self.closing = relay.draining
         self.tunnelling = False
+        self.unframed = False  # whether an answer is under way whose end is the connection's
         self.waiting_since = 0.0  # for this client, in the time of the loop
         self._fresh = True  # it has asked for nothing yet
         self._unsent_bytes = 0
@@ -91,6 +93,11 @@ class Downstream(Connection):
         self._relay.connections.discard(self)
         if self._task is not None and not self.tunnelling:  # what came before is still to be passed on
             self._task.cancel()
+
+    def eof_received(self) -> bool | None:
+        if self.unframed:  # an orderly end would make a part look like a whole
+            self.abort()
+        return super().eof_received()
 
     def stop(self) -> None:
         """Takes no further request: closes now if idle, else after the exchange in flight."""
@@ -132,16 +139,21 @@ class Downstream(Connection):
     async def _receive_request(self) -> Request | None:
         """The next request; None when there is none. What is not valid is answered here."""
         head: bytes | None = b""
+        empty_since = 0.0
         try:
             while (head := await self.receive_head(self._relay.limits.max_head_bytes)) is not None:
                 if head == self._known_head:
                     return self._known
-                if head := head.lstrip(b"\r\n"):  # RFC 9112 §2.2: empty lines before a request line are ignored
+                while head.startswith(b"\r\n"):  # RFC 9112 §2.2: empty lines before a request line are ignored
+                    head = head[2:]
+                if head:
                     self._fresh = False
                     request = Request(self._parser.parse(head), self.forwarding, self._relay.route)
                     if len(head) <= KNOWN_HEAD_BYTES:
                         self._known_head, self._known = head, request
                     return request
+                empty_since = empty_since or self._loop.time()
+                self.partial_since = empty_since  # they prolong nothing
             return None
         except HeadTooLong as long:
             head = long.data

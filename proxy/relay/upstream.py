@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,7 +62,17 @@ def upstream_tls(authorities: str | None, *, verify: bool) -> ssl.SSLContext:
 class UpstreamConnection(Connection):
     """One connection to the model server, used for one exchange at a time."""
 
-    __slots__ = ("_known", "_known_head", "_limits", "_parser", "answering", "idle", "idle_since", "on_lost")
+    __slots__ = (
+        "_arrivals",
+        "_known",
+        "_known_head",
+        "_limits",
+        "_parser",
+        "answering",
+        "idle",
+        "idle_since",
+        "on_lost",
+    )
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, limits: Limits, on_lost: Callable[[UpstreamConnection], None]
@@ -75,6 +86,17 @@ class UpstreamConnection(Connection):
         self.idle_since = 0.0
         self.answering = False  # whether a byte of the answer has come
         self.on_lost = on_lost
+        self._arrivals = select.poll()  # of bytes that the loop has not read yet
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        sock = transport.get_extra_info("socket")
+        if sock is not None:
+            self._arrivals.register(sock.fileno(), select.POLLIN)
+
+    def is_quiet(self) -> bool:
+        """Whether nothing has arrived, not even the end. A system call. To be asked of an idle connection only."""
+        return not self._arrivals.poll(0)
 
     def data_received(self, data: bytes) -> None:
         if self.idle:  # bytes that nobody asked for: the next answer could not be told from them
@@ -143,6 +165,9 @@ class Pool:
             connection = self._idle.pop()
             connection.idle = False
             if connection.lost:
+                continue
+            if not connection.is_quiet():  # bytes that nobody asked for, or the end: it would not be another answer's
+                connection.abort()
                 continue
             if self._loop.time() - connection.idle_since > self._keepalive_seconds:
                 connection.close()

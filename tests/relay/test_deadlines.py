@@ -61,13 +61,14 @@ async def test_a_head_that_does_not_arrive(first: bytes, part: bytes, tmp_path: 
 
 
 @pytest.mark.promise("G21b")
-async def test_drops_do_not_prolong_the_wait_for_a_head(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("first", "drop"), [(GET[:-4] + b"\r\nX: ", b"x"), (b"", b"\r\n"), (b"", b"\r\n\r\n")])
+async def test_drops_do_not_prolong_the_wait_for_a_head(tmp_path: Path, first: bytes, drop: bytes) -> None:
     async with relayed(Script(), tmp_path, proxy__head_timeout=HEAD) as p, connected(p.port) as client:
 
         async def drip() -> None:
-            client.write(GET[:-4] + b"\r\nX: ")
+            client.write(first)
             while True:
-                client.write(b"x")
+                client.write(drop)
                 await asyncio.sleep(0.005)
 
         dripping = asyncio.create_task(drip())

@@ -264,7 +264,7 @@ async def test_ten_thousand_pipelined_requests(reads: bool) -> None:
             await client.writer.drain()
 
     async with model_server(handler) as model, bare_relay(model.url) as (relay, port):
-        async with connected(port) as client, asyncio.timeout(100):
+        async with connected(port, seconds=100) as client:
             if not reads:
                 client.writer.transport.pause_reading()  # type: ignore[attr-defined]
             sending = asyncio.create_task(send(client))

@@ -129,16 +129,16 @@ def reset(writer: asyncio.StreamWriter) -> None:
 
 @contextlib.asynccontextmanager
 async def connected(
-    port: int, *, tls: ssl.SSLContext | None = None, unix_path: Path | None = None
+    port: int, *, tls: ssl.SSLContext | None = None, unix_path: Path | None = None, seconds: float = SECONDS
 ) -> AsyncIterator[Client]:
-    """A connection to the proxy; the block must end within SECONDS."""
+    """A connection to the proxy; the block must end within ``seconds``."""
     if unix_path is not None:
         reader, writer = await asyncio.open_unix_connection(unix_path, limit=2**24)
     else:
         name = "localhost" if tls else None
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**24, ssl=tls, server_hostname=name)
     try:
-        async with asyncio.timeout(SECONDS):
+        async with asyncio.timeout(seconds):
             yield Client(reader, writer)
     finally:
         writer.close()
