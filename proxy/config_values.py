@@ -34,9 +34,8 @@ _DATASTORE = re.compile(
     r"azureml://(subscriptions/[^/]+/resourcegroups/[^/]+/workspaces/[^/]+/)?datastores/[^/]+/paths(/[^/?#]+)+/?",
     re.IGNORECASE,
 )
-_CONTAINER = re.compile(
-    r"(?!.*--)(?=.{1,63}$)[a-z0-9](?:[a-z0-9-]*[a-z0-9])?|\$web"
-)  # Azure wants three letters, emulators not
+# Azure wants three letters at least, emulators not.
+_CONTAINER = re.compile(r"(?!.*--)(?=.{1,63}$)[a-z0-9](?:[a-z0-9-]*[a-z0-9])?|\$web")
 _DATA_LAKE = re.compile(
     r"(?:abfss?|wasbs?)://([a-z0-9-]+)@([a-z0-9]+)\.(?:dfs|blob)\.([a-z0-9.-]+)((?:/[^?#]*)?)"
     r"|https://([a-z0-9]+)\.dfs\.([a-z0-9.-]+)/([a-z0-9-]+)((?:/[^?#]*)?)"

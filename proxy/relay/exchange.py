@@ -209,9 +209,9 @@ class Exchange:
         until_close = isinstance(body, CloseBody)
         chunked_body = isinstance(body, ChunkedBody)
         chunked = chunked_body and not self._request.http10
-        if until_close or chunked_body is not chunked or not self._request_passed or client.closing:
-            self._keep_alive = False
         client.unframed = until_close or chunked_body is not chunked
+        if client.unframed or not self._request_passed or client.closing:
+            self._keep_alive = False
         head = response.head(self._request_id, chunked=chunked, connection=self._connection_header())
         self._witness.response_head(response.status, response.headers, not (until_close or chunked_body))
 
