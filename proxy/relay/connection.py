@@ -56,6 +56,7 @@ class Connection:
         "broken",
         "half_open",
         "partial_since",
+        "peer",
         "stirred",
         "transport",
     )
@@ -73,6 +74,7 @@ class Connection:
         self.broken = False  # lost in another way than by an orderly close
         self.half_open = False  # whether either side may end its own direction only
         self._ended = False  # the peer has done so
+        self.peer: Connection | None = None  # the other end of the tunnel that this one has become an end of
         self.partial_since = 0.0  # since when a head has come in part, and is waited for; 0: it is not
         # Set by whatever moves, cleared by the sweep: time-outs cost the traffic path neither a timer nor a clock.
         self.stirred = True
@@ -101,8 +103,10 @@ class Connection:
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._lost = self._lost or ConnectionResetError(str(exc) if exc else "connection closed")
-        self.broken = exc is not None
+        self.broken = self.broken or exc is not None
         self.transport = None
+        if self.broken and self.peer is not None:  # which may not be read or written to now, and would not be told
+            self.peer.abort()
         self._wake()
         self._wake_writer()
 
@@ -196,7 +200,7 @@ class Connection:
         """Aborts the connection; whoever reads from it gets ``reason``."""
         self._lost = self._lost or reason
         self._pieces.clear()
-        self.abort()
+        self.break_off()
         self._wake()
 
     # --- writing ---
@@ -217,13 +221,17 @@ class Connection:
                 self._drained = None
 
     def has_left(self) -> bool:
-        """Whether the peer has gone while nothing is read from it, so that nothing tells of it. A system call."""
+        """Whether the peer has gone while nothing is read from it, so that nothing tells of it. A system call.
+
+        In a tunnel an orderly end does not count: what came before it is still to be passed on.
+        """
         sock: socket.socket | None = None if self.transport is None else self.transport.get_extra_info("socket")
         if not self._reading_paused or sock is None or sock.fileno() < 0:
             return False
         poll = select.poll()
         poll.register(sock.fileno(), 0 if self.half_open else _PEER_ENDED)
-        return bool(poll.poll(0))  # errors and ends of both directions are told of in any case
+        found = poll.poll(0)  # errors and ends of both directions are told of in any case
+        return bool(found) and (self.peer is None or bool(found[0][1] & select.POLLERR))
 
     # --- closing ---
 
@@ -241,6 +249,11 @@ class Connection:
         """Closes once what was written is sent."""
         if self.transport is not None:
             self.transport.close()
+
+    def break_off(self) -> None:
+        """Aborts in the midst of an exchange or a tunnel, so that the other end of this one is reset, too."""
+        self.broken = True
+        self.abort()
 
     def abort(self) -> None:
         """Resets the connection, so that the peer can't take what it got for a whole message."""

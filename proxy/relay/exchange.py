@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # A request body that came whole with its head is sent along with it, and can be sent again on a fresh connection.
 _REPLAYABLE_BYTES = 256 * 1024
 _ONE_WRITE_BYTES = 64 * 1024
+MAX_INTERIM_AT_ONCE = 64  # a read may hold thousands of them
 
 
 class Exchange:
@@ -126,6 +127,9 @@ class Exchange:
             payload = body.feed(data)
         except FramingError as error:
             raise RequestFault(f"the request's body is not valid: {error}") from None
+        if body.rest and not body.done:
+            self._client.unread(body.rest)
+            await asyncio.sleep(0)  # the others' turn
         if payload:
             wait = self._witness.request_piece(payload)
             if wait is not None:
@@ -186,6 +190,7 @@ class Exchange:
 
     async def _response(self, upstream: UpstreamConnection) -> Response:
         """The head of the final answer; interim ones are passed on. Raises Fault."""
+        interim = 0
         while True:
             response = await upstream.receive_response()
             if response.status >= 200:
@@ -198,6 +203,9 @@ class Exchange:
             if not self._request.http10:
                 self._client.write(response.interim_head())
                 await self._client.drain()
+            interim += 1
+            if interim % MAX_INTERIM_AT_ONCE == 0:
+                await asyncio.sleep(0)  # the others' turn
 
     async def _answer(self, upstream: UpstreamConnection, response: Response) -> None:
         """Passes the answer on, piece by piece as it comes, and its end when it is recorded."""
@@ -218,7 +226,7 @@ class Exchange:
         # What is whole when its head is goes out whole, once it is recorded: the client could do nothing with a part of it.
         ready = head
         if not body.done and upstream.has_input:
-            ready += await self._response_piece(body, chunked, await upstream.receive())
+            ready += await self._response_piece(upstream, body, chunked, await upstream.receive())
         while not body.done:
             if ready:
                 self._response_begun = True
@@ -230,7 +238,7 @@ class Exchange:
                     raise UpstreamLost("the model server closed the connection before its response was complete")
                 ready = b""
                 break
-            ready = await self._response_piece(body, chunked, data)
+            ready = await self._response_piece(upstream, body, chunked, data)
             if body.done and chunked and ready:  # a token is never held
                 self._response_begun = True
                 client.write(ready)
@@ -245,12 +253,17 @@ class Exchange:
         self._release(upstream, response, body)
         await client.drain()
 
-    async def _response_piece(self, body: BodyDecoder, chunked: bool, data: bytes) -> bytes:
+    async def _response_piece(
+        self, upstream: UpstreamConnection, body: BodyDecoder, chunked: bool, data: bytes
+    ) -> bytes:
         """One piece of the response's body, recorded and framed for the client. Raises UpstreamInvalid."""
         try:
             payload = body.feed(data)
         except FramingError as error:
             raise UpstreamInvalid(f"the model server's response is not valid: {error}") from None
+        if body.rest and not body.done:
+            upstream.unread(body.rest)
+            await asyncio.sleep(0)  # the others' turn
         if payload:
             wait = self._witness.response_piece(payload)
             if wait is not None:

@@ -4,7 +4,8 @@ aiohttp's parser reads the heads of messages only. The bodies are framed here be
 last trailer of a chunked body and puts it in front of the next message's headers (seen with 3.14.5), and
 because trailers, which it swallows, can be passed on this way. See docs/decisions/0002-framing.md.
 
-Every decoder has ``feed(data) -> payload`` and, once ``done``, ``rest``: the bytes behind the body.
+Every decoder has ``feed(data) -> payload`` and ``rest``: once ``done``, the bytes behind the body; before, what is to be fed
+again, in another turn of the event loop, since bytes of many small chunks take long.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import re
 from typing import Protocol
 
+MAX_CHUNKS_AT_ONCE = 256  # a third of a millisecond, however small they are
 MAX_CHUNK_LINE_BYTES = 1024
 MAX_EXTENSION_BYTES = 16 * 1024  # all chunk extensions of one body (as in CVE-2023-39326)
 MAX_TRAILER_BYTES = 16 * 1024
@@ -33,7 +35,7 @@ class BodyDecoder(Protocol):
     trailers: tuple[bytes, ...]
 
     def feed(self, data: bytes) -> bytes:
-        """The payload within ``data``. Raises FramingError. Not to be called once ``done``."""
+        """The payload within ``data``, but for what it leaves in ``rest``. Raises FramingError. Not to be called once ``done``."""
 
 
 class LengthBody:
@@ -107,7 +109,7 @@ class ChunkedBody:
             self._partial = b""
         pieces: list[bytes] = []
         position, end = 0, len(data)
-        while position < end and not self.done:
+        while position < end and not self.done and len(pieces) < MAX_CHUNKS_AT_ONCE:
             if self._left:
                 piece = data[position : position + self._left]
                 pieces.append(piece)
@@ -118,11 +120,11 @@ class ChunkedBody:
             newline = data.find(b"\n", position)
             if newline < 0:
                 self._keep_partial(data[position:])
+                position = end
                 break
             self._take_line(data[position : newline + 1])
             position = newline + 1
-        if self.done:
-            self.rest = data[position:]
+        self.rest = data[position:]
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _keep_partial(self, partial: bytes) -> None:

@@ -32,6 +32,7 @@ SWEEP_SECONDS = 1.0
 LINGER_SECONDS = 2.0
 IDLE_STOP_SECONDS = 0.3  # what idle connections get for a last request when the relay stops
 LINGER_BYTES = 4 * 1024 * 1024
+MAX_EMPTY_HEADS = 16  # of two empty lines each, before a request
 
 
 class Downstream(Connection):
@@ -140,6 +141,7 @@ class Downstream(Connection):
         """The next request; None when there is none. What is not valid is answered here."""
         head: bytes | None = b""
         empty_since = 0.0
+        empty = 0
         try:
             while (head := await self.receive_head(self._relay.limits.max_head_bytes)) is not None:
                 if head == self._known_head:
@@ -152,6 +154,9 @@ class Downstream(Connection):
                     if len(head) <= KNOWN_HEAD_BYTES:
                         self._known_head, self._known = head, request
                     return request
+                empty += 1
+                if empty > MAX_EMPTY_HEADS:
+                    raise RequestFault("there are empty lines where a request should be")
                 empty_since = empty_since or self._loop.time()
                 self.partial_since = empty_since  # they prolong nothing
             return None
@@ -209,17 +214,19 @@ class Downstream(Connection):
         self._unsent_bytes = unsent
         waited = now - self.waiting_since
         patience = self._relay.patience
-        if self.busy and self._reading_paused and self.has_left():
-            self.abort()
+        if self.busy and self.has_left():
+            self.break_off()
         elif unsent:
             if patience.idle_seconds and waited > patience.idle_seconds:
                 self._relay.faults["client_idle"] += 1
-                self.abort()
+                self.break_off()
         elif self.partial_since:
             if now - self.partial_since > patience.head_seconds:
                 words = f"the request's head did not arrive within {patience.head_seconds:g} s (proxy.head_timeout)"
                 self.interrupt(RequestFault(words, HTTPStatus.REQUEST_TIMEOUT, "head_timeout"))
-        elif self.tunnelling or not self.busy:
+        elif self.tunnelling:
+            pass  # the pool looks after it
+        elif not self.busy:
             keepalive = patience.keepalive_seconds
             if waited > (min(patience.head_seconds, keepalive) if self._fresh else keepalive):
                 self.close()
@@ -244,7 +251,7 @@ class Patience:
     idle_seconds: float = (
         60.0  # within an exchange: for the next bytes of its body, and until it takes some of the answer
     )
-    keepalive_seconds: float = 620.0  # between two exchanges, and in a tunnel
+    keepalive_seconds: float = 620.0  # between two exchanges
 
 
 class Relay:

@@ -9,12 +9,14 @@ from proxy.relay.connection import Connection
 
 async def tunnel(loop: asyncio.AbstractEventLoop, client: Connection, upstream: Connection) -> None:
     """Returns when both directions have ended. Raises what either connection was failed with."""
+    client.peer, upstream.peer = upstream, client
     upward = loop.create_task(_pass(client, upstream), name="tunnel")
     try:
         await _pass(upstream, client)
         await upward
     finally:
         upward.cancel()
+        client.peer = upstream.peer = None
 
 
 async def _pass(source: Connection, sink: Connection) -> None:

@@ -220,14 +220,16 @@ class Pool:
         """To be called about once a second: ends connections that were idle, or silent within an exchange, for too long."""
         now = self._loop.time()
         for connection, since in list(self._quiet_since.items()):
-            if connection.idle:
+            if connection.peer is not None and connection.has_left():
+                connection.break_off()
+            elif connection.idle:
                 # One that is closing is not looked at again: over TLS that takes until the peer says goodbye, too.
                 if not connection.lost and now - connection.idle_since > self._keepalive_seconds:
                     self._idle.remove(connection)
                     connection.close()
-            elif connection.stirred or not connection.awaited:  # a slow client is not the upstream's silence
+            elif connection.stirred or not (connection.awaited or connection.peer):
                 connection.stirred = False
-                self._quiet_since[connection] = now
+                self._quiet_since[connection] = now  # a slow client is not the upstream's silence
             elif self._idle_timeout_seconds and now - since > self._idle_timeout_seconds:
                 connection.fail(UpstreamTimeout(f"the model server sent nothing for {self._idle_timeout_seconds:g} s"))
 

@@ -69,7 +69,7 @@ async def test_drops_do_not_prolong_the_wait_for_a_head(tmp_path: Path, first: b
             client.write(first)
             while True:
                 client.write(drop)
-                await asyncio.sleep(0.005)
+                await asyncio.sleep(0.03)
 
         dripping = asyncio.create_task(drip())
         assert code(await client.response()) == 408

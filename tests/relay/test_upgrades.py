@@ -268,34 +268,114 @@ async def test_over_tls_what_a_client_sent_before_it_left_arrives(
 
 @pytest.mark.usefixtures("quick_sweep")
 @pytest.mark.promise("F20")
-@pytest.mark.parametrize("silent", ["upstream", "client"])
-async def test_a_tunnel_in_which_nothing_moves_ends(silent: str) -> None:
-    over = asyncio.Event()
+@pytest.mark.parametrize("sent", [0, 64 * MIB], ids=["silent", "full"])
+@pytest.mark.parametrize("who", ["client", "server"])
+async def test_an_abort_is_one_for_a_side_that_does_not_read(who: str, sent: int) -> None:
+    """Whether what it was sent is read or waits: the proxy reads no more of a side whose bytes the other does not take."""
+    aborted = asyncio.Event()
+    begun = asyncio.Event()
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if silent == "client":
-            writer.write_eof()  # so that nobody waits for us
-        with pytest.raises(ConnectionResetError) if silent == "upstream" else pytest.MonkeyPatch.context():
-            await reader.read(-1)
-        over.set()
+        if who == "server":
+            writer.write(b"x" * sent)
+            await begun.wait()
+            reset(writer)
+            return
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await begun.wait()
+        writer.transport.resume_reading()  # type: ignore[attr-defined]
+        try:
+            while await reader.read(MIB):
+                pass
+        except ConnectionResetError:
+            aborted.set()
 
-    patience = Patience(keepalive_seconds=0.1 if silent == "client" else 620)
     async with (
         model_server(Switching(talk)) as server,
-        bare_relay(server.url, patience=patience, idle_timeout_seconds=0.1 if silent == "upstream" else 600) as (
-            one,
-            port,
-        ),
+        bare_relay(server.url) as (relay, port),
         connected(port) as client,
     ):
         await switched(client)
-        if silent == "upstream":
+        (end,) = relay.connections
+        await eventually(lambda: end.peer)
+        other = end.peer
+        assert other is not None
+        source, sink = (end, other) if who == "client" else (other, end)
+        if who == "client":
+            client.write(b"x" * sent)
+        else:
+            client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        if sent:
+            await eventually(lambda: source._reading_paused and sink._writing_paused)
+        if who == "client":
+            client.reset()
+            await eventually(lambda: sink.lost)
+            begun.set()
+            await aborted.wait()
+        else:
+            begun.set()
+            await eventually(lambda: sink.lost)
+            client.writer.transport.resume_reading()  # type: ignore[attr-defined]
             with pytest.raises(ConnectionResetError):
                 await client.rest()
-        else:
+        await eventually(lambda: not relay.connections)
+        await eventually(lambda: not relay.pool.open_connections)
+
+
+@pytest.mark.usefixtures("quick_sweep")
+@pytest.mark.promise("F20")
+async def test_what_came_before_an_orderly_end_passes_to_a_side_that_reads_late() -> None:
+    go_on = asyncio.Event()
+    heard = asyncio.get_running_loop().create_future()
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write_eof()  # so that the client's end is that of both directions
+        await go_on.wait()
+        heard.set_result(len(await reader.read(-1)))
+
+    async with model_server(Switching(talk)) as server, bare_relay(server.url) as (relay, port):
+        async with connected(port) as client:
+            await switched(client)
             assert await client.rest() == b""
-        await over.wait()
-        await eventually(lambda: not one.connections)
+            (end,) = relay.connections
+            end._pause_reading()  # as it is while the other side takes nothing
+            client.write(b"x" * 1000)
+        end.look(asyncio.get_running_loop().time())
+        go_on.set()
+        assert end.transport is not None
+        end._reading_paused = False
+        end.transport.resume_reading()
+        assert await heard == 1000
+        await eventually(lambda: not relay.connections)
+
+
+@pytest.mark.usefixtures("quick_sweep")
+@pytest.mark.promise("F20")
+@pytest.mark.parametrize("ended", [False, True])
+async def test_a_tunnel_in_which_nothing_moves_is_reset(ended: bool) -> None:
+    """For the time that the model server may be silent; how long clients are kept between requests does not matter."""
+    reset_too = asyncio.Event()
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if ended:
+            writer.write_eof()  # so that nobody waits for us
+        with pytest.raises(ConnectionResetError):
+            await reader.read(-1)
+        reset_too.set()
+
+    async with (
+        model_server(Switching(talk)) as server,
+        bare_relay(server.url, patience=Patience(keepalive_seconds=0.01), idle_timeout_seconds=0.2) as (relay, port),
+        connected(port) as client,
+    ):
+        await switched(client)
+        if ended:
+            assert await client.rest() == b""
+        else:
+            with pytest.raises(ConnectionResetError):
+                await client.rest()
+        await reset_too.wait()
+        await eventually(lambda: not relay.connections)
 
 
 @pytest.mark.promise("E18", "F20")
