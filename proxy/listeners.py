@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-import ssl
 import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -53,21 +52,14 @@ def shown(listener: socket.socket) -> str:
     return f"[{name[0]}]:{name[1]}" if ":" in name[0] else f"{name[0]}:{name[1]}"
 
 
-async def serve(
-    protocol: Callable[[], asyncio.Protocol],
-    listeners: Sequence[socket.socket],
-    tls: ssl.SSLContext | None = None,
-    handshake_seconds: float | None = None,
-) -> list[asyncio.Server]:
+async def serve(protocol: Callable[[], asyncio.Protocol], listeners: Sequence[socket.socket]) -> list[asyncio.Server]:
     """Takes connections; the sockets are the servers' from then on. Raises OSError, and closes the sockets then."""
     loop = asyncio.get_running_loop()
     servers: list[asyncio.Server] = []
     try:
         for listener in listeners:
             make: Any = loop.create_unix_server if listener.family == socket.AF_UNIX else loop.create_server
-            servers.append(
-                await make(protocol, sock=listener, backlog=BACKLOG, ssl=tls, ssl_handshake_timeout=handshake_seconds)
-            )
+            servers.append(await make(protocol, sock=listener, backlog=BACKLOG))
     except OSError:
         for server in servers:
             server.close()

@@ -35,7 +35,7 @@ class BodyDecoder(Protocol):
     trailers: tuple[bytes, ...]
 
     def feed(self, data: bytes) -> bytes:
-        """The payload within ``data``, but for what it leaves in ``rest``. Raises FramingError. Not to be called once ``done``."""
+        """The payload within ``data``, but for what is in ``rest`` then. Raises FramingError. Not to be called once ``done``."""
 
 
 class LengthBody:

@@ -18,6 +18,7 @@ from proxy import listeners
 from proxy.relay.connection import KNOWN_HEAD_BYTES, Connection, HeadTooLong, NotHTTP
 from proxy.relay.exchange import Exchange, fault_answer
 from proxy.relay.faults import ConnectionRefused, Fault, RequestFault, UpstreamFault
+from proxy.relay.handshakes import Handshakes
 from proxy.relay.headers import Forwarding
 from proxy.relay.parsing import Limits, RequestParser
 from proxy.relay.recording import Recorder
@@ -65,10 +66,10 @@ class Downstream(Connection):
         self.forwarding: Forwarding
         self.busy = False
         self.left = True  # whose doing the end of the connection is, if it ends: the client's, unless we ``cut`` it
-        self.closing = relay.draining
+        self.closing = False
         self.tunnelling = False
         self.unframed = False  # whether an answer is under way whose end is the connection's
-        self.waiting_since = 0.0  # for this client, in the time of the loop
+        self.waiting_since = relay.loop.time()  # for this client
         self._fresh = True  # it has asked for nothing yet
         self._unsent_bytes = 0
 
@@ -81,6 +82,8 @@ class Downstream(Connection):
             b"https" if transport.get_extra_info("sslcontext") else b"http",
         )
         self.waiting_since = self._loop.time()
+        self.closing = self._relay.draining
+        self._relay.handshakes.done(self)
         room = self._relay.make_room()
         if room is Room.NONE:
             self.abort()
@@ -105,6 +108,13 @@ class Downstream(Connection):
         self.closing = True
         if not self.busy and not self.has_input:
             self.close()
+
+    def make_way(self) -> None:
+        """Ends an idle connection at once. Over TLS an orderly end would wait for the client's."""
+        if self.transport is not None and self.transport.can_write_eof():
+            self.close()
+        else:
+            self.abort()
 
     def cut(self) -> None:
         """Ends the exchange in flight, too."""
@@ -288,19 +298,27 @@ class Relay:
         self._servers: list[asyncio.Server] = []
         self._unix_paths: list[Path] = []
         self.upstream_trouble: str | None = None  # what the model server failed with, until it answers again
+        self.handshakes = Handshakes(self)
         self._sweeper = loop.create_task(self._sweep(), name="relay-sweep")
 
     async def serve(self, sockets: list[socket.socket], tls: ssl.SSLContext | None = None) -> str:
         """Takes connections from bound sockets; the address of the first. Raises OSError."""
-        handshake_seconds = self.patience.head_seconds if tls else None
         address = listeners.shown(sockets[0])
         if address.startswith("unix:"):
             self._unix_paths.append(Path(address.removeprefix("unix:")))
-        self._servers += await listeners.serve(self._accept, sockets, tls, handshake_seconds)
+        if tls is None:
+            self._servers += await listeners.serve(self._accept, sockets)
+        else:
+            for listener in sockets:
+                self.handshakes.listen(listener, tls, self.patience.head_seconds)
         return address
 
     def _accept(self) -> asyncio.Protocol:
         return cast("asyncio.Protocol", Downstream(self))
+
+    def expect(self) -> Downstream | None:
+        """A client that is to shake hands first; None if there is no room, not even for a refusal."""
+        return None if self.make_room() is Room.NONE else Downstream(self)
 
     async def drain(self, seconds: float, at_once: asyncio.Event | None = None) -> int:
         """Stops accepting, lets the exchanges in flight finish; the number of those that were cut in the end.
@@ -313,8 +331,11 @@ class Relay:
             connection.closing = True
         now = self.loop.time()
         deadline, idle_end = now + seconds, now + min(seconds, IDLE_STOP_SECONDS)
-        while self.connections and now < deadline and not (at_once is not None and at_once.is_set()):
+        while (
+            (self.connections or self.handshakes) and now < deadline and not (at_once is not None and at_once.is_set())
+        ):
             if now >= idle_end:
+                self.handshakes.end_all()
                 for connection in list(self.connections):
                     connection.stop()
             await asyncio.sleep(0.02)
@@ -328,15 +349,17 @@ class Relay:
         """Ends everything that ``drain`` left, or all at once."""
         self._stop_listening()
         self._sweeper.cancel()
+        self.handshakes.end_all()
         for connection in list(self.connections):
             connection.cut()
-        while self.connections:
+        while self.connections or self.handshakes.tasks:
             await asyncio.sleep(0)
         self.pool.close()
         await asyncio.sleep(0)
 
     def _stop_listening(self) -> None:
         self.draining = True
+        self.handshakes.stop_listening()
         for server in self._servers:
             server.close()
         while self._unix_paths:
@@ -377,17 +400,22 @@ class Relay:
             connection.look(now)
 
     def make_room(self) -> Room:
-        """For one more connection; if need be, the one that has been idle for longest ends for it."""
-        if not self._max_connections or len(self.connections) < self._max_connections:
+        """For one more connection; if need be, the slowest handshake ends for it, or what has been idle for longest."""
+        count = len(self.connections) + len(self.handshakes)
+        if not self._max_connections or count < self._max_connections:
             return Room.FREE
         idlest: Downstream | None = None
         since = self.loop.time() - SWEEP_SECONDS  # who came just now may be about to ask
+        slowest = self.handshakes.oldest()
+        if slowest is not None and slowest.waiting_since < since:
+            self.handshakes.end(slowest)
+            return Room.FREE
         for connection in self.connections:
             waiting_since = connection.partial_since or connection.waiting_since
             if waiting_since < since and not connection.busy and (connection.partial_since or not connection.stirred):
                 idlest, since = connection, waiting_since
         if idlest is None:
-            return Room.FOR_A_REFUSAL if len(self.connections) < 2 * self._max_connections else Room.NONE
+            return Room.FOR_A_REFUSAL if count < 2 * self._max_connections else Room.NONE
         self.connections.discard(idlest)
-        idlest.close()
+        idlest.make_way()
         return Room.FREE

@@ -171,8 +171,9 @@ async def bare_relay(
     patience: Patience | None = None,
     max_connections: int = 0,
     tls: ssl.SSLContext | None = None,
+    client_tls: ssl.SSLContext | None = None,
 ) -> AsyncIterator[tuple[Relay, int]]:
-    """The relay without the rest of the proxy, and its port."""
+    """The relay without the rest of the proxy, and its port. ``tls`` is for the model server."""
     loop = asyncio.get_running_loop()
     limits = Limits(128 * 1024, 256)
     pool = Pool(
@@ -192,7 +193,7 @@ async def bare_relay(
         patience=patience or Patience(),
         max_connections=max_connections,
     )
-    address = await relay.serve(open_listeners("127.0.0.1:0"))
+    address = await relay.serve(open_listeners("127.0.0.1:0"), client_tls)
     try:
         yield relay, int(address.rpartition(":")[2])
     finally:
