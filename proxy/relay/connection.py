@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import select
 import socket
 import struct
+import sys
+import termios
 from collections import deque
 from typing import cast
 
@@ -232,6 +235,16 @@ class Connection:
         poll.register(sock.fileno(), 0 if self.half_open else _PEER_ENDED)
         found = poll.poll(0)  # errors and ends of both directions are told of in any case
         return bool(found) and (self.peer is None or bool(found[0][1] & select.POLLERR))
+
+    def queued_bytes(self) -> int:
+        """What was written, and the kernel has, and the peer has not taken; 0 where the system does not tell."""
+        sock: socket.socket | None = None if self.transport is None else self.transport.get_extra_info("socket")
+        if sock is None or sock.fileno() < 0:
+            return 0
+        try:
+            return int.from_bytes(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+        except OSError:
+            return 0
 
     # --- closing ---
 

@@ -88,6 +88,7 @@ class Exchange:
             self._witness.finish(Ending.STOPPED if stopped else Ending.CLIENT_LEFT)
             if self._upload is not None:
                 self._upload.cancel()
+                self._client.expecting = False
             if self._upstream is not None:
                 self._upstream.abort()
         return self._keep_alive
@@ -141,6 +142,8 @@ class Exchange:
 
     def _request_read(self) -> None:
         self._request_passed = True
+        if self._upstream is not None:
+            self._upstream.sender = None
         self._client.unread(self._body.rest)
         self._witness.request_complete()
 
@@ -173,6 +176,8 @@ class Exchange:
             upstream.write(self._request_head)
             upstream.write(first)
         if not self._body.done:
+            upstream.sender = self._client
+            self._client.expecting = self._request.expects_continue and not first and not self._client.has_input
             self._upload = self._relay.loop.create_task(self._pass_request_body(upstream), name="upload")
             self._upload.add_done_callback(lambda task: _uploaded(task, upstream))
 
@@ -181,6 +186,7 @@ class Exchange:
             data = await self._client.receive()
             if not data:
                 return  # the client is gone, which cancels the exchange
+            self._client.expecting = False
             upstream.write(await self._request_piece(data))
             if self._body.done:
                 self._request_read()
@@ -202,6 +208,8 @@ class Exchange:
                 raise UpstreamInvalid("the model server switched protocols without being asked to")
             if not self._request.http10:
                 self._client.write(response.interim_head())
+                if response.status == HTTPStatus.CONTINUE:
+                    self._client.expecting = False
                 await self._client.drain()
             interim += 1
             if interim % MAX_INTERIM_AT_ONCE == 0:

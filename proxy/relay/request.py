@@ -50,6 +50,7 @@ class Request:
         "_before_id",
         "chunked",
         "client_id",
+        "expects_continue",
         "headers",
         "http10",
         "last",
@@ -73,6 +74,11 @@ class Request:
         self.last = is_last(headers.getall("connection", ()), http10=self.http10)  # on its connection
         self.chunked = "transfer-encoding" in headers
         self.length = self._length()
+        self.expects_continue = not self.http10 and any(
+            expectation.strip(" \t").lower() == "100-continue"
+            for value in headers.getall("expect", ())
+            for expectation in value.split(",")
+        )
         incoming = list(headers.getall("x-request-id", ()))
         valid = len(incoming) == 1 and valid_request_id(incoming[0].encode("utf-8", "surrogateescape"))
         self.client_id = incoming[0] if valid else None

@@ -49,6 +49,7 @@ class Downstream(Connection):
         "_unsent_bytes",
         "busy",
         "closing",
+        "expecting",
         "forwarding",
         "left",
         "tunnelling",
@@ -65,6 +66,7 @@ class Downstream(Connection):
         self._task: asyncio.Task[None] | None = None
         self.forwarding: Forwarding
         self.busy = False
+        self.expecting = False  # whether it waits for a 100 before it sends the body: then it is not waited for
         self.left = True  # whose doing the end of the connection is, if it ends: the client's, unless we ``cut`` it
         self.closing = False
         self.tunnelling = False
@@ -97,6 +99,10 @@ class Downstream(Connection):
         self._relay.connections.discard(self)
         if self._task is not None and not self.tunnelling:  # what came before is still to be passed on
             self._task.cancel()
+
+    @property
+    def awaited(self) -> bool:
+        return self._waiter is not None and not self.expecting
 
     def eof_received(self) -> bool | None:
         if self.unframed:  # an orderly end would make a part look like a whole
@@ -218,6 +224,8 @@ class Downstream(Connection):
         """Ends what has waited for this client for too long. To be called about once a second."""
         transport = self.transport
         unsent = 0 if transport is None else transport.get_write_buffer_size()
+        if unsent:
+            unsent += self.queued_bytes()
         if self.stirred or unsent < self._unsent_bytes or not (unsent or self.awaited):
             self.stirred = False
             self.waiting_since = now  # if anything is waited for, it is the model server

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import select
+import socket
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 from urllib.parse import urlsplit
 
-from proxy.relay.connection import KNOWN_HEAD_BYTES, Connection, HeadTooLong, NotHTTP
+from proxy.relay.connection import KNOWN_HEAD_BYTES, READ_AHEAD_BYTES, Connection, HeadTooLong, NotHTTP
 from proxy.relay.faults import UpstreamInvalid, UpstreamLost, UpstreamTimeout, UpstreamUnreachable
 from proxy.relay.parsing import Limits, ResponseParser
 from proxy.relay.response import Response
@@ -72,6 +74,7 @@ class UpstreamConnection(Connection):
         "idle",
         "idle_since",
         "on_lost",
+        "sender",
     )
 
     def __init__(
@@ -86,6 +89,7 @@ class UpstreamConnection(Connection):
         self.idle_since = 0.0
         self.answering = False  # whether a byte of the answer has come
         self.on_lost = on_lost
+        self.sender: Connection | None = None  # whose request is on its way
         self._arrivals = select.poll()  # of bytes that the loop has not read yet
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -106,8 +110,35 @@ class UpstreamConnection(Connection):
         super().data_received(data)
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        if exc is not None and not self.idle:
+            self._read_what_came()
         super().connection_lost(exc)
         self.on_lost(self)
+
+    def _read_what_came(self) -> None:
+        """What the server sent before it closed: a write that failed is told of before the loop has read that.
+
+        Not over TLS, whose records the loop alone can read.
+        """
+        transport = self.transport
+        if transport is None or transport.get_extra_info("sslcontext") is not None:
+            return
+        sock: socket.socket | None = transport.get_extra_info("socket")
+        with contextlib.suppress(OSError):
+            while sock is not None and self._received_bytes <= READ_AHEAD_BYTES:
+                data = os.read(sock.fileno(), READ_AHEAD_BYTES)
+                if not data:
+                    break
+                self.answering = True
+                self._pieces.append(data)
+                self._received_bytes += len(data)
+
+    @property
+    def is_to_blame(self) -> bool:
+        """Whether it is the model server that is waited for: not if that is the client, to send on or to take."""
+        if self.peer is not None:
+            return True
+        return self.awaited and (self.sender is None or not self.sender.awaited)
 
     async def receive_response(self) -> Response:
         """The next head of an answer, interim ones included. Raises UpstreamFault."""
@@ -227,9 +258,9 @@ class Pool:
                 if not connection.lost and now - connection.idle_since > self._keepalive_seconds:
                     self._idle.remove(connection)
                     connection.close()
-            elif connection.stirred or not (connection.awaited or connection.peer):
+            elif connection.stirred or not connection.is_to_blame:
                 connection.stirred = False
-                self._quiet_since[connection] = now  # a slow client is not the upstream's silence
+                self._quiet_since[connection] = now
             elif self._idle_timeout_seconds and now - since > self._idle_timeout_seconds:
                 connection.fail(UpstreamTimeout(f"the model server sent nothing for {self._idle_timeout_seconds:g} s"))
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import ssl
 from pathlib import Path
 
 import pytest
 
 from proxy.relay import server
-from proxy.relay.server import Patience
+from proxy.relay.server import Patience, Relay
 from proxy.settings import MIB
 from tests.harness import model_server
 from tests.relay.wire import (
@@ -246,6 +247,59 @@ async def test_zero_is_no_limit(tmp_path: Path) -> None:
         assert payload(await client.response()) == b"ok"
 
 
+@pytest.mark.promise("D12a", "G21b")
+async def test_a_client_that_waits_for_a_100_is_not_waited_for(tmp_path: Path) -> None:
+    go_on = asyncio.Event()
+
+    async def model(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        request = await reader.readuntil(b"\r\n\r\n")
+        if b"Expect" in request:
+            await go_on.wait()
+            writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        await reader.readexactly(4)
+        writer.write(OK)
+
+    post = head(b"POST /a HTTP/1.1", b"Host: h", b"Content-Length: 4", b"Expect: 100-continue")
+    async with relayed(model, tmp_path, proxy__client_idle_timeout=0.1) as p, connected(p.port) as client:
+        client.write(post)
+        await others_time(p.port)
+        go_on.set()
+        assert code(await client.response(bodyless=True)) == 100
+        client.write(POST[-4:])
+        assert payload(await client.response()) == b"ok"
+        client.write(post)
+        assert code(await client.response(bodyless=True)) == 100  # and from now on, it is
+        assert code(await client.response()) == 408
+
+
+async def others_time(port: int) -> None:
+    """Until the time is over for a client whose body does not come."""
+    async with connected(port) as other:
+        other.write(POST[:-1])
+        assert code(await other.response()) == 408
+
+
+@pytest.mark.promise("D13a", "E15")
+async def test_a_client_that_takes_its_time_is_not_the_model_servers_silence() -> None:
+    silent = 0.1
+    patience = Patience(idle_seconds=0)
+    script = Script()
+    async with (
+        model_server(script) as model,
+        bare_relay(model.url, patience=patience, idle_timeout_seconds=silent) as (relay, port),
+        connected(port) as client,
+    ):
+        client.write(POST[:-1])
+        await eventually(lambda: relay.pool.open_connections)
+        (upstream,) = relay.pool._quiet_since
+        await eventually(lambda: not upstream.stirred)
+        relay.pool._quiet_since[upstream] -= 1000
+        relay.pool.sweep()
+        assert not upstream.lost
+        client.write(POST[-1:])
+        assert payload(await client.response()) == b"ok"
+
+
 # --- answers that nobody takes ---
 
 
@@ -290,6 +344,49 @@ async def test_a_client_that_takes_its_answer_slowly_is_waited_for() -> None:
             one.waiting_since -= 0.2  # as if each piece took its time
             left -= len(await client.reader.readexactly(min(left, MIB)))
         assert not relay.faults
+
+
+@pytest.mark.promise("D13a")
+async def test_what_the_kernel_holds_back_does_not_hide_that_a_client_takes_its_answer() -> None:
+    """Its buffer takes more only when a good part of it is free; a slow client needs minutes for that."""
+    size = 16 * MIB
+    answer = head(b"HTTP/1.1 200 OK", b"Content-Length: %d" % size) + b"x" * size
+    async with (
+        model_server(Script(answer)) as model,
+        bare_relay(model.url, patience=Patience(idle_seconds=1e9)) as (relay, port),
+    ):
+        loop = asyncio.get_running_loop()
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
+            client.setblocking(False)
+            await loop.sock_connect(client, ("127.0.0.1", port))
+            await loop.sock_sendall(client, GET)
+            await eventually(lambda: any(one._writing_paused for one in relay.connections))
+            (one,) = relay.connections
+            assert one.transport is not None
+            unsent = 0
+            while unsent != one.transport.get_write_buffer_size() + one.queued_bytes():
+                unsent = one.transport.get_write_buffer_size() + one.queued_bytes()
+                await others_turn(relay)
+            buffered = one.transport.get_write_buffer_size()
+            for _ in range(4):
+                one.waiting_since = 0
+                for _ in range(8):
+                    await loop.sock_recv(client, 16 * 1024)
+                await eventually(lambda: one.waiting_since)
+            assert one.transport.get_write_buffer_size() == buffered
+            one.waiting_since = 0
+            for _ in range(3):
+                await others_turn(relay)
+            assert not one.waiting_since
+
+
+async def others_turn(relay: Relay) -> None:
+    """A sweep of the clients has been made."""
+    now = asyncio.get_running_loop().time()
+    for one in list(relay.connections):
+        one.look(now)
+    await asyncio.sleep(0.01)
 
 
 async def test_what_is_left_unread_of_a_last_answer_ends_too(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.harness import model_server, proxy
-from tests.relay.wire import OK, Script, connected, head
+from tests.relay.wire import OK, Script, bare_relay, connected, eventually, head, payload, reset
 
 SIZE = 32 * 1024 * 1024  # more than the kernel and the relay take in together
 
@@ -119,3 +119,29 @@ async def test_a_lost_recording_is_counted_and_gives_back_what_it_holds(tmp_path
         assert (account.received, account.discarded) == (4, {"render_failed": 4})
         assert recorder.spool.memory.held_bytes == 0
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.promise("D12a", "E16")
+async def test_an_answer_that_came_before_the_server_closed_is_not_lost_with_the_upload() -> None:
+    """The write that fails is told of before the answer has been read."""
+    answer = head(b"HTTP/1.1 413 Content Too Large", b"Content-Length: 3", b"Connection: close") + b"big"
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(4)
+        writer.write(answer)
+        reset(writer)
+
+    async with model_server(handler) as model, bare_relay(model.url) as (relay, port), connected(port) as client:
+        client.write(head(b"POST /a HTTP/1.1", b"Host: h", b"Content-Length: 1000000"))
+        await eventually(lambda: relay.pool.open_connections)
+        (upstream,) = relay.pool._quiet_since
+        assert upstream.transport is not None
+        upstream.transport.pause_reading()
+        client.write(b"ping")
+        await eventually(lambda: not upstream.is_quiet())
+        while not upstream.lost:
+            client.write(b"more")
+            await asyncio.sleep(0)
+        assert payload(await client.response()) == b"big"
+        assert not relay.faults
