@@ -172,6 +172,20 @@ async def test_what_differs_by_itself_is_not_held_against_the_proxy() -> None:
     assert re.search(r"note +not compared +body, .*header x-number.*: direct answers differ in it", report)
 
 
+async def test_the_length_of_a_body_that_varies_is_not_compared() -> None:
+    """Not even if it happens to be the same in every direct answer."""
+
+    class Varying(Server):
+        def answer(self, head: bytes, body: bytes) -> bytes:
+            word = b"%05d" % self.asked.total() + b"!" * (b"X-Forwarded-For" in head)
+            return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(word), word)
+
+    async with model_server(Varying()) as model:
+        status, report = await examined(model.url, planned())
+    assert status == 0
+    assert re.search(r"note +not compared +body, header content-length: direct answers differ in it", report)
+
+
 async def test_a_rare_change_is_asked_for_again() -> None:
     """Two direct answers are alike, a third one tells that the server does so by itself."""
 
@@ -232,6 +246,23 @@ async def test_long_headers() -> None:
     assert status == 0
     words = r"up to 4,000 bytes change nothing; 8,000: 200 directly, 431 through the proxy \(proxy.max_head_bytes\)"
     assert re.search(rf"note +long headers +{words}", report)
+
+
+async def test_a_limit_of_the_server_that_our_own_headers_reach() -> None:
+    class Short(Server):
+        def answer(self, head: bytes, body: bytes) -> bytes:
+            if len(head) < 8_200:
+                return super().answer(head, body)
+            return b"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Length: 0\r\n\r\n"
+
+    async with model_server(Short()) as model:
+        status, report = await examined(model.url, planned())
+        assert status == 0
+        words = "8,000: 200 directly, 431 through the proxy, whose own headers add 1[0-9]{2} bytes"
+        assert re.search(
+            rf"note +long headers +up to 4,000 bytes change nothing; {words}: with as many more, 431 directly, too",
+            report,
+        )
 
 
 async def test_a_stream() -> None:

@@ -31,7 +31,7 @@ class Policy:
 
     def collections(self, method: str, target: str, request_id: str) -> frozenset[str]:
         """The collections that this exchange is recorded in, of ``request`` and ``response``."""
-        if not self._selects(method, target.partition("?")[0] if target.startswith("/") else _path(target)):
+        if not self._selects(method, target.partition("?")[0] if target.startswith("/") else _path(method, target)):
             return frozenset()
         if not self._sampled:
             return self._all
@@ -55,10 +55,10 @@ def sample_position(request_id: str) -> float:
     return int.from_bytes(digest[:7], "big") / 2**56
 
 
-def _path(target: str) -> str:
+def _path(method: str, target: str) -> str:
     """The path of a target in absolute form (RFC 9112 §3.2.2)."""
     return (
-        origin_form(target.encode("utf-8", "surrogateescape"), b"")[0]
+        origin_form(method, target.encode("utf-8", "surrogateescape"), b"")[0]
         .partition(b"?")[0]
         .decode("utf-8", "surrogateescape")
     )

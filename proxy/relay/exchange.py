@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # A request body that came whole with its head is sent along with it, and can be sent again on a fresh connection.
 _REPLAYABLE_BYTES = 256 * 1024
 _ONE_WRITE_BYTES = 64 * 1024
+ALLOWED = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"  # RFC 9110 §15.5.6; methods of other names pass, too
 MAX_INTERIM_AT_ONCE = 64  # a read may hold thousands of them
 
 
@@ -242,7 +243,7 @@ class Exchange:
                 await client.drain()
             data = await upstream.receive()
             if not data:
-                if not until_close or upstream.broken:
+                if not until_close or upstream.broken or not upstream.ended:
                     raise UpstreamLost("the model server closed the connection before its response was complete")
                 ready = b""
                 break
@@ -354,6 +355,7 @@ def fault_answer(status: int, message: str, request_id: str, *, head_only: bool 
     head = (
         f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        + (f"Allow: {ALLOWED}\r\n" if status == HTTPStatus.METHOD_NOT_ALLOWED else "")
         + (f"x-request-id: {request_id}\r\n" if request_id else "")
         + "Connection: close\r\n\r\n"
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from itertools import product
 
 from proxy.settings import ForwardedHeaders
 
@@ -31,11 +32,27 @@ _NO_OPTIONS: frozenset[bytes] = frozenset()
 # A Connection header can't name these: it would take away what frames, routes or identifies the message.
 _NOT_CONNECTION_OPTIONS = frozenset({b"content-length", b"host", b"x-request-id", b"content-type", b"content-encoding"})
 _FORWARDED = frozenset({b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host"})
+
+
+def _twins(names: Iterable[bytes]) -> frozenset[bytes]:
+    """The names that a CGI or WSGI server takes for these: with underscores."""
+    found = {
+        b"".join(part + dash for part, dash in zip(name.split(b"-"), (*dashes, b""), strict=True))
+        for name in names
+        for dashes in product((b"-", b"_"), repeat=name.count(b"-"))
+    }
+    return frozenset(found).difference(names)
+
+
+_ID_TWINS = _twins([b"x-request-id"])
+_FORWARDED_TWINS = _twins(_FORWARDED)
 _END = b"\r\n"
 # RFC 9110 §6.5.1: a trailer must not frame, route, authenticate or describe the content.
 _NOT_TRAILERS = (
     HOP_BY_HOP
     | _FORWARDED
+    | _FORWARDED_TWINS
+    | _ID_TWINS
     | frozenset(
         {
             b"authorization",
@@ -112,10 +129,11 @@ def valid_request_id(value: bytes | None) -> bool:
     return value is not None and 0 < len(value) <= MAX_REQUEST_ID and all(0x21 <= byte <= 0x7E for byte in value)
 
 
-def origin_form(target: bytes, base_path: bytes) -> tuple[bytes, bytes | None]:
+def origin_form(method: str, target: bytes, base_path: bytes) -> tuple[bytes, bytes | None]:
     """The target for the model server, and the authority where the client named one (absolute form).
 
-    ``base_path`` is the path of the upstream URL, without its last slash. The rest stays byte for byte.
+    ``base_path`` is the path of the upstream URL, without its last slash. The rest stays byte for byte. OPTIONS of an
+    authority alone is that of the server itself (RFC 9112 §3.2.4).
     """
     authority = None
     if not target.startswith(b"/") and target != b"*":
@@ -125,7 +143,9 @@ def origin_form(target: bytes, base_path: bytes) -> tuple[bytes, bytes | None]:
         )
         authority = after_scheme[:cut].rpartition(b"@")[2]
         target = after_scheme[cut:]
-        if not target.startswith(b"/"):
+        if not target and method == "OPTIONS":
+            target = b"*"
+        elif not target.startswith(b"/"):
             target = b"/" + target
     if target == b"*":
         return target, authority
@@ -142,7 +162,9 @@ class Forwarding:
         self._address = client_address
         self._scheme = scheme
         # What of a request is not passed on as it is, by whether its body is chunked.
-        skipped = HOP_BY_HOP if mode is ForwardedHeaders.OFF else HOP_BY_HOP | _FORWARDED
+        skipped = HOP_BY_HOP | _ID_TWINS
+        if mode is not ForwardedHeaders.OFF:
+            skipped |= _FORWARDED | _FORWARDED_TWINS
         self.skipped = {True: skipped, False: skipped | {b"trailer"}}
 
     def lines(self, sent: list[tuple[bytes, bytes]], host: bytes) -> bytes:

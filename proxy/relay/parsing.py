@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import aiohttp.http_parser
 from aiohttp.http import HttpProcessingError, HttpRequestParser, HttpResponseParser
-from aiohttp.http_exceptions import LineTooLong
+from aiohttp.http_exceptions import InvalidURLError, LineTooLong
 from multidict import CIMultiDictProxy
 
 from proxy.relay.faults import RequestFault, UpstreamInvalid
@@ -99,6 +99,8 @@ class RequestParser:
             raise RequestFault(
                 "the request's head is longer than proxy.max_head_bytes allows", 431, "head_too_large"
             ) from None
+        except InvalidURLError:
+            raise RequestFault("the request's target is not valid") from None
         except HttpProcessingError as error:
             if "Too many headers" in error.message:
                 words = "the request has more headers than proxy.max_headers allows"
@@ -115,9 +117,12 @@ class RequestParser:
 class ResponseParser:
     """Reads the heads of one connection's responses."""
 
-    __slots__ = ("_parser",)
+    __slots__ = ("_connection", "_limits", "_loop", "_parser")
 
     def __init__(self, connection: object, loop: asyncio.AbstractEventLoop, limits: Limits) -> None:
+        self._connection = connection
+        self._loop = loop
+        self._limits = limits
         self._parser: Any = _parser(HttpResponseParser, connection, loop, limits)
 
     def parse(self, head: bytes) -> ResponseHead:
@@ -135,6 +140,8 @@ class ResponseParser:
         message: ResponseHead = messages[0][0]
         if not 100 <= message.code <= 999:
             raise UpstreamInvalid("the model server's status is not valid")
+        if message.code < 200 and message.should_close:  # it would read no more; but an interim answer ends nothing
+            self._parser = _parser(HttpResponseParser, self._connection, self._loop, self._limits)
         return message
 
 

@@ -83,7 +83,7 @@ class Request:
         valid = len(incoming) == 1 and valid_request_id(incoming[0].encode("utf-8", "surrogateescape"))
         self.client_id = incoming[0] if valid else None
         self.upgrade = self._upgrade()
-        target, authority = origin_form(self.target.encode("utf-8", "surrogateescape"), route.base_path)
+        target, authority = origin_form(self.method, self.target.encode("utf-8", "surrogateescape"), route.base_path)
         for host in (headers.get("host", "").encode("utf-8", "surrogateescape"), authority or b""):
             if not valid_host(host):
                 raise RequestFault("the request's host is not valid")

@@ -71,6 +71,7 @@ class UpstreamConnection(Connection):
         "_limits",
         "_parser",
         "answering",
+        "ended",
         "idle",
         "idle_since",
         "on_lost",
@@ -88,6 +89,7 @@ class UpstreamConnection(Connection):
         self.idle = False
         self.idle_since = 0.0
         self.answering = False  # whether a byte of the answer has come
+        self.ended = False  # by the server, in an orderly way: over TLS, with its goodbye (RFC 9112 §9.8)
         self.on_lost = on_lost
         self.sender: Connection | None = None  # whose request is on its way
         self._arrivals = select.poll()  # of bytes that the loop has not read yet
@@ -108,6 +110,11 @@ class UpstreamConnection(Connection):
             return
         self.answering = True
         super().data_received(data)
+
+    def eof_received(self) -> bool | None:
+        tls: ssl.SSLObject | None = None if self.transport is None else self.transport.get_extra_info("ssl_object")
+        self.ended = tls is None or _said_goodbye(tls)
+        return super().eof_received()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         if exc is not None and not self.idle:
@@ -277,6 +284,14 @@ class Pool:
         self._quiet_since.pop(connection, None)
         if connection.idle and connection in self._idle:
             self._idle.remove(connection)
+
+
+def _said_goodbye(tls: ssl.SSLObject) -> bool:
+    """Whether the peer's last record was the alert that ends its side: then there is nothing to read, else not yet."""
+    try:
+        return not tls.read(1)
+    except ssl.SSLError:
+        return False
 
 
 def _reason(error: Exception) -> str:

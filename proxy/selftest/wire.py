@@ -78,7 +78,7 @@ class Side:
         self, address: UpstreamAddress, *, host: bytes, tls: ssl.SSLContext | None, timeout_seconds: float
     ) -> None:
         self._address = address
-        self._host = host
+        self.host = host
         self._tls = tls
         self._timeout_seconds = timeout_seconds
         self.sent: Counter[str] = Counter()
@@ -121,7 +121,7 @@ class Side:
             raise LostError(f"no connection: {(error.strerror or str(error)).rpartition(': ')[2]}") from None
 
     def head(self, way: Way) -> bytes:
-        return way.head(self._address.base_path, self._host)
+        return way.head(self._address.base_path, self.host)
 
     @contextlib.asynccontextmanager
     async def in_time(self) -> AsyncIterator[None]:

@@ -23,9 +23,11 @@ HOP_BY_HOP = {
 # What a Connection header names in vain: it frames, routes, identifies or describes the message.
 NOT_TO_BE_NAMED = {b"content-length", b"host", b"x-request-id", b"content-type", b"content-encoding"}
 FORWARDED = {b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host"}
+UNDERSCORED = FORWARDED | {b"x-request-id"}  # with underscores, they are dropped
 # "trailers pass, but for those that frame, route or authenticate" (RFC 9110 §6.5.1)
 NOT_AS_TRAILERS = HOP_BY_HOP | FORWARDED
 NOT_AS_TRAILERS |= {b"content-length", b"content-encoding", b"content-range", b"content-type", b"trailer"}
+NOT_AS_TRAILERS |= {b"x_request_id", b"x_forwarded_for", b"x_forwarded_proto", b"x_forwarded_host"}  # and by halves
 NOT_AS_TRAILERS |= {b"host", b"authorization", b"cookie", b"set-cookie", b"x-request-id"}
 
 ID = re.compile(rb"[\x21-\x7e]{1,100}")
@@ -76,17 +78,17 @@ class Expected:
 
 def towards_model_server(request: Message, *, upstream: bytes, client: bytes = b"127.0.0.1") -> Expected:
     """``upstream`` is the model server's own Host; the settings are the defaults."""
-    authority, target = _origin_form(request.target)
+    authority, target = _origin_form(request.method, request.target)
     chunked = request.framing == "chunked"
     dropped = _dropped(request, chunked=chunked) | FORWARDED
     ids = request.values(b"x-request-id")
-    has_id = bool(ids) and ID.fullmatch(ids[0]) is not None
+    has_id = len(ids) == 1 and ID.fullmatch(ids[0]) is not None
     if not has_id:
         dropped |= {b"x-request-id"}
     headers = tuple(
         (name, authority if name.lower() == b"host" and authority is not None else value)
         for name, value in request.headers
-        if name.lower() not in dropped
+        if name.lower() not in dropped and name.lower().replace(b"_", b"-") not in UNDERSCORED - {name.lower()}
     )
     expected = Expected(
         request.method + b" " + target + b" HTTP/1.1",
@@ -119,12 +121,12 @@ def _forwarding(request: Message, hosts: list[bytes], client: bytes) -> list[tup
     return [*lines, (b"x-forwarded-host", host)] if host else lines
 
 
-def _origin_form(target: bytes) -> tuple[bytes | None, bytes]:
+def _origin_form(method: bytes, target: bytes) -> tuple[bytes | None, bytes]:
     """The authority of an absolute-form target, and the target for the model server."""
     absolute = re.fullmatch(rb"[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)(.*)", target)
     if absolute is None:
         return None, target
-    path = absolute[2]
+    path = absolute[2] or (b"*" if method == b"OPTIONS" else b"/")
     return absolute[1].rpartition(b"@")[2], path if path.startswith(b"/") else b"/" + path
 
 

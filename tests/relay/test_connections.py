@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import socket
 import ssl
 from collections.abc import AsyncIterator
@@ -752,6 +753,37 @@ async def test_a_broken_answer_over_tls_is_an_abort(certificate: tuple[Path, Pat
         await client.reader.readuntil(b"hello")
         with pytest.raises((ConnectionResetError, ssl.SSLError)):
             await client.rest()
+
+
+@pytest.mark.promise("C9", "C10")
+@pytest.mark.parametrize("goodbye", [True, False])
+async def test_over_tls_a_body_until_close_ends_with_a_goodbye(
+    goodbye: bool, certificate: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """RFC 9112 §9.8: a FIN can be anybody's."""
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_message(reader)
+        writer.write(head(b"HTTP/1.1 200 OK") + b"hello")
+        if not goodbye:
+            await reader.readexactly(1)
+            with socket.socket(fileno=os.dup(writer.get_extra_info("socket").fileno())) as raw:
+                raw.shutdown(socket.SHUT_WR)
+
+    async with (
+        model_server(handler, tls=server_context(certificate)) as model,
+        proxy(model.url, tmp_path, proxy__upstream_verify=False) as p,
+        connected(p.port) as client,
+    ):
+        client.write(GET)
+        await client.reader.readuntil(b"hello")
+        if not goodbye:
+            (upstream,) = p.app.relay.pool._quiet_since
+            upstream.write(b"x")
+        with contextlib.nullcontext() if goodbye else pytest.raises(ConnectionResetError):
+            assert await client.rest() == b""
+        await p.recorded(2)
+        assert p.lines("response")[0]["capturestatus"] == ("complete" if goodbye else "upstreamfailed")
 
 
 @pytest.mark.promise("E15")

@@ -228,7 +228,6 @@ def test_valid_request_id(value: bytes | None, valid: bool) -> None:
         (b"/?", b"", (b"/?", None)),
         (b"*", b"/v1", (b"*", None)),
         (b"http://h:80/a?b", b"/v1", (b"/v1/a?b", b"h:80")),
-        (b"HTTP://h", b"", (b"/", b"h")),
         (b"http://h?b/c", b"", (b"/?b/c", b"h")),
         (b"http://user:pw@h/a", b"", (b"/a", b"h")),
         (b"http://[::1]:8/a://b", b"", (b"/a://b", b"[::1]:8")),
@@ -237,7 +236,21 @@ def test_valid_request_id(value: bytes | None, valid: bool) -> None:
 )
 def test_origin_form(target: bytes, base: bytes, expected: tuple[bytes, bytes | None]) -> None:
     """B6."""
-    assert origin_form(target, base) == expected
+    assert origin_form("GET", target, base) == origin_form("OPTIONS", target, base) == expected
+
+
+@pytest.mark.promise("B6b")
+@pytest.mark.parametrize(
+    ("method", "target", "expected"),
+    [
+        ("GET", b"HTTP://h", (b"/v1/", b"h")),
+        ("OPTIONS", b"http://h:80", (b"*", b"h:80")),
+        ("OPTIONS", b"http://h?", (b"/v1/?", b"h")),
+        ("OPTIONS", b"http://h/", (b"/v1/", b"h")),
+    ],
+)
+def test_options_of_an_authority_alone(method: str, target: bytes, expected: tuple[bytes, bytes | None]) -> None:
+    assert origin_form(method, target, b"/v1") == expected
 
 
 @pytest.mark.promise("A4", "A4a", "G22")

@@ -87,7 +87,20 @@ async def test_connect_and_trace_go_nowhere(start: bytes, tmp_path: Path) -> Non
     async with model_server(Script()) as model, proxy(model.url, tmp_path) as p:
         got = await exchange(p.port, head(start + b" HTTP/1.1", b"Host: h") + GET)
         assert got[:13] in (b"HTTP/1.1 405 ", b"HTTP/1.1 400 ")
+        allowed = [b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"]
+        assert header(got, b"allow") == (allowed if got[9:12] == b"405" else [])
         assert got.count(b"HTTP/1.1 ") == 1
+        assert model.connections == 0
+
+
+@pytest.mark.promise("B6b", "A4a")
+@pytest.mark.parametrize(
+    "target", [b"*", b"http://", b"http:///a", b"http://h:99999/", b"http://[::1/", b"http://h:x/"]
+)
+async def test_what_is_no_target_is_not_repeated(target: bytes, tmp_path: Path) -> None:
+    async with model_server(Script()) as model, proxy(model.url, tmp_path) as p:
+        got = await exchange(p.port, head(b"GET %b HTTP/1.1" % target, b"Host: h"))
+        assert b'"message":"the request\'s target is not valid"' in got
         assert model.connections == 0
 
 

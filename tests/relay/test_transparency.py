@@ -199,6 +199,21 @@ async def test_forwarding(mode: str, host: str, expected: tuple[list[bytes], ...
     assert (b"x-forwarded-for" in names(second)) is (mode != "off")
 
 
+@pytest.mark.promise("A2", "A3")
+@pytest.mark.parametrize("mode", ["append", "replace", "off"])
+async def test_what_some_servers_take_for_ours_does_not_pass(mode: str, tmp_path: Path) -> None:
+    """CGI and WSGI know no difference between - and _."""
+    forwarded = [b"X_Forwarded_For", b"x-forwarded_proto", b"X_FORWARDED-HOST"]
+    ids = [b"X_Request_ID", b"x-request_id"]
+    script = Script()
+    async with relayed(script, tmp_path, proxy__forwarded_headers=mode) as p, connected(p.port) as client:
+        await client.ask(
+            head(b"GET /a HTTP/1.1", b"Host: h", *(name + b": 6.6.6.6" for name in [*forwarded, *ids]), b"A_B: 1")
+        )
+    passed = [name for name in names(script.received[0]) if b"_" in name]
+    assert passed == ([name.lower() for name in forwarded] if mode == "off" else []) + [b"a_b"]
+
+
 @pytest.mark.promise("A3a")
 @pytest.mark.parametrize("sent", [b"a", b"A-b_c.9~", b"x" * 100])
 async def test_a_valid_request_id_is_used(sent: bytes, tmp_path: Path) -> None:
@@ -336,6 +351,29 @@ async def test_other_forms_and_methods(start: bytes, expected: bytes, host: byte
         await client.ask(head(start, b"Host: h"))
     assert script.received[0].split(b"\r\n")[0] == expected
     assert header(script.received[0], b"host") == [host]
+
+
+@pytest.mark.promise("D12", "E17")
+@pytest.mark.parametrize(
+    "interim",
+    [
+        head(b"HTTP/1.1 103 Early Hints", b"Connection: close", b"Link: </a>"),
+        head(b"HTTP/1.0 100 Continue"),
+        head(b"HTTP/1.0 103 Early Hints", b"Connection: close") * 3,
+    ],
+)
+async def test_an_interim_answer_ends_no_connection(interim: bytes, tmp_path: Path) -> None:
+    """Whatever it says of that."""
+    script = Script(interim + OK)
+    async with model_server(script) as model, proxy(model.url, tmp_path) as p, connected(p.port) as client:
+        for _ in range(2):
+            client.write(GET)
+            for _ in range(interim.count(b"HTTP/")):
+                got = await client.response(bodyless=True)
+                assert got.split(b"\r\n")[0] == b"HTTP/1.1 " + interim.split(b"\r\n")[0][9:]
+                assert header(got, b"connection") == []
+            assert payload(await client.response()) == b"ok"
+        assert model.connections == 1
 
 
 @pytest.mark.promise("A2a", "B6b", "G21")
