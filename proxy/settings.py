@@ -233,8 +233,8 @@ class Proxy(Struct, frozen=True, kw_only=True):
         int,
         Meta(
             ge=0,
-            description="Most client connections at once. One more takes the place of the one that has been idle for longest, "
-            "and gets 503 if none is idle. 0: no limit.",
+            description="Most client connections at once, TLS handshakes included. One more takes the place of the one "
+            "that has been idle for longest, and gets 503 if none is idle. 0: no limit.",
         ),
     ] = 4096
     max_head_bytes: Annotated[
