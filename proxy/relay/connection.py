@@ -228,8 +228,10 @@ class Connection:
 
         In a tunnel an orderly end does not count: what came before it is still to be passed on.
         """
-        sock: socket.socket | None = None if self.transport is None else self.transport.get_extra_info("socket")
-        if not self._reading_paused or sock is None or sock.fileno() < 0:
+        if not self._reading_paused or self.transport is None:
+            return False
+        sock: socket.socket | None = self.transport.get_extra_info("socket")
+        if sock is None or sock.fileno() < 0:
             return False
         poll = select.poll()
         poll.register(sock.fileno(), 0 if self.half_open else _PEER_ENDED)

@@ -74,11 +74,7 @@ class Request:
         self.last = is_last(headers.getall("connection", ()), http10=self.http10)  # on its connection
         self.chunked = "transfer-encoding" in headers
         self.length = self._length()
-        self.expects_continue = not self.http10 and any(
-            expectation.strip(" \t").lower() == "100-continue"
-            for value in headers.getall("expect", ())
-            for expectation in value.split(",")
-        )
+        self.expects_continue = not self.http10 and "expect" in headers and _expects_continue(headers.getall("expect"))
         incoming = list(headers.getall("x-request-id", ()))
         valid = len(incoming) == 1 and valid_request_id(incoming[0].encode("utf-8", "surrogateescape"))
         self.client_id = incoming[0] if valid else None
@@ -135,6 +131,12 @@ class Request:
         if not self._after_id:
             return self._before_id
         return self._before_id + request_id.encode() + self._after_id
+
+
+def _expects_continue(values: list[str]) -> bool:
+    return any(
+        expectation.strip(" \t").lower() == "100-continue" for value in values for expectation in value.split(",")
+    )
 
 
 def _joined(values: list[str]) -> bytes:
