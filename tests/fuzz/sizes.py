@@ -15,7 +15,7 @@ __all__ = ["DIFFERENTIAL", "EXCHANGES", "LONG", "REQUESTS", "RESPONSES", "START"
 
 REQUESTS = size("FUZZ_REQUESTS", 400, 25_000)  # each is sent whole, byte by byte, and cut somewhere
 RESPONSES = size("FUZZ_RESPONSES", 300, 25_000)
-DIFFERENTIAL = size("FUZZ_DIFFERENTIAL", 240, 5_000)  # connections, of two to nine exchanges each
+DIFFERENTIAL = size("FUZZ_DIFFERENTIAL", 300, 5_000)  # connections, of two to nine exchanges each
 EXCHANGES = size("FUZZ_EXCHANGES", 1000, 15_000)  # so many exchanges these must have at least
 
 # The short run is the same each time; a long one is another each time, and says which.
