@@ -54,6 +54,7 @@ class Connection:
         "_pieces",
         "_reading_paused",
         "_received_bytes",
+        "_unsent_bytes",
         "_waiter",
         "_writing_paused",
         "broken",
@@ -61,6 +62,7 @@ class Connection:
         "partial_since",
         "peer",
         "stirred",
+        "tls",
         "transport",
     )
 
@@ -81,11 +83,14 @@ class Connection:
         self.partial_since = 0.0  # since when a head has come in part, and is waited for; 0: it is not
         # Set by whatever moves, cleared by the sweep: time-outs cost the traffic path neither a timer nor a clock.
         self.stirred = True
+        self.tls = False
+        self._unsent_bytes = 0  # when it was looked at last
 
     # --- called by the event loop ---
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
+        self.tls = transport.get_extra_info("sslcontext") is not None
 
     def data_received(self, data: bytes) -> None:
         self.stirred = True
@@ -238,8 +243,26 @@ class Connection:
         found = poll.poll(0)  # errors and ends of both directions are told of in any case
         return bool(found) and (self.peer is None or bool(found[0][1] & select.POLLERR))
 
-    def queued_bytes(self) -> int:
-        """What was written, and the kernel has, and the peer has not taken; 0 where the system does not tell."""
+    def unsent_bytes(self) -> int:
+        """What was written and not sent. Where there is any the kernel's part counts too, which the peer has not taken yet.
+
+        Over TLS it always does: what lies between the transport and the kernel is not told.
+        """
+        unsent = 0 if self.transport is None else self.transport.get_write_buffer_size()
+        return unsent + self._queued_bytes() if unsent or self.tls else 0
+
+    def has_moved(self) -> bool:
+        """Whether anything has, either way, since this was asked before."""
+        if not self.stirred and not self._unsent_bytes:
+            return False
+        unsent = self.unsent_bytes()
+        moved = self.stirred or unsent < self._unsent_bytes
+        self.stirred = False
+        self._unsent_bytes = unsent
+        return moved
+
+    def _queued_bytes(self) -> int:
+        """What the kernel has, and the peer has not taken; 0 where the system does not tell."""
         sock: socket.socket | None = None if self.transport is None else self.transport.get_extra_info("socket")
         if sock is None or sock.fileno() < 0:
             return 0
@@ -258,12 +281,18 @@ class Connection:
             with contextlib.suppress(OSError):  # the peer has closed already
                 self.transport.write_eof()
         else:
-            self.transport.close()
+            self.close()
 
     def close(self) -> None:
-        """Closes once what was written is sent."""
-        if self.transport is not None:
+        """Closes once what was written is sent; over TLS, once the peer has said goodbye, too."""
+        if self.transport is not None and not self.transport.is_closing():  # asyncio's TLS breaks if it is closed twice
             self.transport.close()
+
+    def let_go(self) -> None:
+        """Closes without waiting for a goodbye. What is unsent is lost, but for what the kernel has."""
+        self.close()
+        if self.tls and self.transport is not None:
+            self.transport.abort()
 
     def break_off(self) -> None:
         """Aborts in the midst of an exchange or a tunnel, so that the other end of this one is reset, too."""

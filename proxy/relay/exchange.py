@@ -87,9 +87,9 @@ class Exchange:
             # If it is not finished yet, the client has left, or was made to.
             stopped = self._relay.draining and not self._client.left
             self._witness.finish(Ending.STOPPED if stopped else Ending.CLIENT_LEFT)
+            self._client.expecting = False
             if self._upload is not None:
                 self._upload.cancel()
-                self._client.expecting = False
             if self._upstream is not None:
                 self._upstream.abort()
         return self._keep_alive
@@ -118,7 +118,10 @@ class Exchange:
 
     async def _first_request_bytes(self) -> bytes:
         """What has come of the request's body, framed for the model server; sent in one piece with the head."""
-        if self._body.done or not self._client.has_input:
+        if self._body.done:
+            return b""
+        if not self._client.has_input:
+            self._client.expecting = self._request.expects_continue
             return b""
         return await self._request_piece(await self._client.receive())
 
@@ -178,7 +181,6 @@ class Exchange:
             upstream.write(first)
         if not self._body.done:
             upstream.sender = self._client
-            self._client.expecting = self._request.expects_continue and not first and not self._client.has_input
             self._upload = self._relay.loop.create_task(self._pass_request_body(upstream), name="upload")
             self._upload.add_done_callback(lambda task: _uploaded(task, upstream))
 

@@ -44,9 +44,9 @@ class Handshakes:
     def oldest(self) -> Downstream | None:
         return next(iter(self._clients), None)
 
-    def done(self, client: Downstream) -> None:
-        """It is a connection now, or will never be."""
-        self._clients.pop(client, None)
+    def done(self, client: Downstream) -> bool:
+        """It is a connection now, or will never be. Whether it was under way."""
+        return self._clients.pop(client, None) is not None
 
     def end(self, client: Downstream) -> None:
         self._clients.pop(client).cancel()

@@ -46,7 +46,6 @@ class Downstream(Connection):
         "_parser",
         "_relay",
         "_task",
-        "_unsent_bytes",
         "busy",
         "closing",
         "expecting",
@@ -73,7 +72,6 @@ class Downstream(Connection):
         self.unframed = False  # whether an answer is under way whose end is the connection's
         self.waiting_since = relay.loop.time()  # for this client
         self._fresh = True  # it has asked for nothing yet
-        self._unsent_bytes = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -81,11 +79,13 @@ class Downstream(Connection):
         self.forwarding = Forwarding(
             self._relay.forwarded_headers,
             peer[0].encode() if isinstance(peer, tuple) else None,
-            b"https" if transport.get_extra_info("sslcontext") else b"http",
+            b"https" if self.tls else b"http",
         )
         self.waiting_since = self._loop.time()
         self.closing = self._relay.draining
-        self._relay.handshakes.done(self)
+        if self.tls and not self._relay.handshakes.done(self):  # it was ended just now
+            self.abort()
+            return
         room = self._relay.make_room()
         if room is Room.NONE:
             self.abort()
@@ -113,14 +113,14 @@ class Downstream(Connection):
         """Takes no further request: closes now if idle, else after the exchange in flight."""
         self.closing = True
         if not self.busy and not self.has_input:
-            self.close()
+            self._end_idle()
 
-    def make_way(self) -> None:
-        """Ends an idle connection at once. Over TLS an orderly end would wait for the client's."""
-        if self.transport is not None and self.transport.can_write_eof():
+    def _end_idle(self) -> None:
+        """Ends an idle connection; when it is called again, even if the client does not say goodbye."""
+        if not self.lost:
             self.close()
-        else:
-            self.abort()
+        elif not self.unsent_bytes():
+            self.let_go()
 
     def cut(self) -> None:
         """Ends the exchange in flight, too."""
@@ -222,14 +222,12 @@ class Downstream(Connection):
 
     def look(self, now: float) -> None:
         """Ends what has waited for this client for too long. To be called about once a second."""
-        transport = self.transport
-        unsent = 0 if transport is None else transport.get_write_buffer_size()
-        if unsent:
-            unsent += self.queued_bytes()
-        if self.stirred or unsent < self._unsent_bytes or not (unsent or self.awaited):
-            self.stirred = False
+        moved = self.has_moved()
+        unsent = self._unsent_bytes
+        if moved and self.peer is not None:
+            self.peer.stirred = True
+        if moved or not (unsent or self.awaited):
             self.waiting_since = now  # if anything is waited for, it is the model server
-        self._unsent_bytes = unsent
         waited = now - self.waiting_since
         patience = self._relay.patience
         if self.busy and self.has_left():
@@ -247,7 +245,7 @@ class Downstream(Connection):
         elif not self.busy:
             keepalive = patience.keepalive_seconds
             if waited > (min(patience.head_seconds, keepalive) if self._fresh else keepalive):
-                self.close()
+                self._end_idle()
         elif patience.idle_seconds and waited > patience.idle_seconds:
             words = f"nothing came of the request's body for {patience.idle_seconds:g} s (proxy.client_idle_timeout)"
             self.interrupt(RequestFault(words, HTTPStatus.REQUEST_TIMEOUT, "body_timeout"))
@@ -361,6 +359,8 @@ class Relay:
         for connection in list(self.connections):
             connection.cut()
         while self.connections or self.handshakes.tasks:
+            for connection in list(self.connections):
+                connection.abort()
             await asyncio.sleep(0)
         self.pool.close()
         await asyncio.sleep(0)
@@ -420,10 +420,15 @@ class Relay:
             return Room.FREE
         for connection in self.connections:
             waiting_since = connection.partial_since or connection.waiting_since
-            if waiting_since < since and not connection.busy and (connection.partial_since or not connection.stirred):
+            if (
+                waiting_since < since
+                and not connection.busy
+                and (connection.partial_since or not connection.stirred)
+                and not connection.unsent_bytes()
+            ):
                 idlest, since = connection, waiting_since
         if idlest is None:
             return Room.FOR_A_REFUSAL if count < 2 * self._max_connections else Room.NONE
         self.connections.discard(idlest)
-        idlest.make_way()
+        idlest.let_go()
         return Room.FREE

@@ -128,7 +128,7 @@ class UpstreamConnection(Connection):
         Not over TLS, whose records the loop alone can read.
         """
         transport = self.transport
-        if transport is None or transport.get_extra_info("sslcontext") is not None:
+        if transport is None or self.tls:
             return
         sock: socket.socket | None = transport.get_extra_info("socket")
         with contextlib.suppress(OSError):
@@ -265,8 +265,7 @@ class Pool:
                 if not connection.lost and now - connection.idle_since > self._keepalive_seconds:
                     self._idle.remove(connection)
                     connection.close()
-            elif connection.stirred or not connection.is_to_blame:
-                connection.stirred = False
+            elif connection.has_moved() or not connection.is_to_blame:
                 self._quiet_since[connection] = now
             elif self._idle_timeout_seconds and now - since > self._idle_timeout_seconds:
                 connection.fail(UpstreamTimeout(f"the model server sent nothing for {self._idle_timeout_seconds:g} s"))

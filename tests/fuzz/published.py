@@ -112,9 +112,11 @@ def towards_model_server(request: Message, *, upstream: bytes, client: bytes = b
 
 
 def _forwarding(request: Message, hosts: list[bytes], client: bytes) -> list[tuple[bytes, bytes | Pattern]]:
-    schemes, names = request.values(b"x-forwarded-proto"), request.values(b"x-forwarded-host")
+    addresses, schemes, names = (
+        [value for value in request.values(b"x-forwarded-" + name) if value] for name in (b"for", b"proto", b"host")
+    )
     lines: list[tuple[bytes, bytes | Pattern]] = [
-        (b"x-forwarded-for", b", ".join([*request.values(b"x-forwarded-for"), client])),
+        (b"x-forwarded-for", b", ".join([*addresses, client])),
         (b"x-forwarded-proto", schemes[-1] if schemes else b"http"),
     ]
     host = names[-1] if names else hosts[-1] if hosts else b""

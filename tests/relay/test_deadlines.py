@@ -14,6 +14,7 @@ from proxy.relay import server
 from proxy.relay.server import Patience, Relay
 from proxy.settings import MIB
 from tests.harness import model_server
+from tests.relay.test_turns import CountingTransport
 from tests.relay.wire import (
     GET,
     OK,
@@ -272,6 +273,14 @@ async def test_a_client_that_waits_for_a_100_is_not_waited_for(tmp_path: Path) -
         assert code(await client.response()) == 408
 
 
+async def test_a_client_that_has_begun_its_body_is_waited_for_again(tmp_path: Path) -> None:
+    """A part of a chunk's size is a beginning, too."""
+    post = head(b"POST /a HTTP/1.1", b"Host: h", b"Transfer-Encoding: chunked", b"Expect: 100-continue")
+    async with relayed(Script(), tmp_path, proxy__client_idle_timeout=0.1) as p, connected(p.port) as client:
+        client.write(post + b"5")
+        assert code(await client.response()) == 408
+
+
 async def others_time(port: int) -> None:
     """Until the time is over for a client whose body does not come."""
     async with connected(port) as other:
@@ -365,8 +374,8 @@ async def test_what_the_kernel_holds_back_does_not_hide_that_a_client_takes_its_
             (one,) = relay.connections
             assert one.transport is not None
             unsent = 0
-            while unsent != one.transport.get_write_buffer_size() + one.queued_bytes():
-                unsent = one.transport.get_write_buffer_size() + one.queued_bytes()
+            while unsent != one.transport.get_write_buffer_size() + one._queued_bytes():
+                unsent = one.transport.get_write_buffer_size() + one._queued_bytes()
                 await others_turn(relay)
             buffered = one.transport.get_write_buffer_size()
             for _ in range(4):
@@ -436,6 +445,35 @@ async def still_there(client: object) -> bool:
         return payload(await client.ask(GET)) == b"ok"  # type: ignore[attr-defined]
     except (asyncio.IncompleteReadError, ConnectionError):
         return False
+
+
+@pytest.mark.promise("G21b")
+async def test_one_that_has_not_taken_its_answer_does_not_make_way_unseen() -> None:
+    """Nobody would look after it any more; client_idle_timeout does."""
+    async with (
+        model_server(Script()) as model,
+        bare_relay(model.url, patience=PATIENT, max_connections=1) as (relay, port),
+        connected(port) as first,
+    ):
+        assert payload(await first.ask(GET)) == b"ok"
+        (one,) = relay.connections
+        await eventually(lambda: not one.stirred)
+        one.waiting_since -= 10
+        real = one.transport
+        assert real is not None
+        one.transport = Unsent(real)
+        async with connected(port) as second:
+            assert code(await second.ask(GET)) == 503
+            assert one in relay.connections
+        one.transport = real
+        assert payload(await first.ask(GET)) == b"ok"
+
+
+class Unsent(CountingTransport):
+    """Some of what was written has not left."""
+
+    def get_write_buffer_size(self) -> int:
+        return 14_000
 
 
 @pytest.mark.promise("G21b")

@@ -12,9 +12,10 @@ import pytest
 
 from proxy.relay import handshakes
 from proxy.relay.server import Patience
+from proxy.settings import MIB
 from tests.harness import model_server
 from tests.relay.test_connections import server_context
-from tests.relay.wire import GET, Script, bare_relay, connected, eventually, payload
+from tests.relay.wire import GET, Script, bare_relay, connected, eventually, head, payload
 
 pytestmark = pytest.mark.usefixtures("quick_sweep")
 PATIENT = Patience(1000, 1000, 1000)
@@ -64,6 +65,76 @@ async def test_there_are_never_more_than_twice_as_many(certificate: tuple[Path, 
         async with connected(port), connected(port) as third:
             assert await third.rest() == b""
             assert len(relay.handshakes) == 2
+
+
+@pytest.mark.promise("G21b", "C9")
+async def test_a_client_that_still_receives_is_not_idle(certificate: tuple[Path, Path]) -> None:
+    """Though the relay has sent the whole answer: it would be lost within the kernel."""
+    trust = ssl.create_default_context(cafile=str(certificate[0]))
+    answer = head(b"HTTP/1.1 200 OK", b"Content-Length: %d" % MIB) + b"x" * MIB
+    async with (
+        model_server(Script(answer)) as model,
+        bare_relay(model.url, patience=PATIENT, max_connections=1, client_tls=server_context(certificate)) as (
+            relay,
+            port,
+        ),
+        connected(port, tls=trust) as first,
+    ):
+        first.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        first.write(GET)
+        await eventually(
+            lambda: any(not one.busy and not one.stirred and one.unsent_bytes() for one in relay.connections)
+        )
+        (one,) = relay.connections
+        one.waiting_since -= 10
+        async with connected(port, tls=trust) as second:
+            assert (await second.ask(GET)).startswith(b"HTTP/1.1 503 ")
+        first.writer.transport.resume_reading()  # type: ignore[attr-defined]
+        assert payload(await first.response()) == b"x" * MIB
+
+
+@pytest.mark.promise("G21b", "E18")
+@pytest.mark.parametrize("stops", [False, True])
+async def test_nobody_waits_for_an_idle_client_to_say_goodbye(stops: bool, certificate: tuple[Path, Path]) -> None:
+    trust = ssl.create_default_context(cafile=str(certificate[0]))
+    patience = Patience(keepalive_seconds=1000 if stops else 0.1)
+    async with (
+        model_server(Script()) as model,
+        bare_relay(model.url, patience=patience, client_tls=server_context(certificate)) as (relay, port),
+        connected(port, tls=trust) as client,
+    ):
+        assert payload(await client.ask(GET)) == b"ok"
+        client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        if stops:
+            assert await relay.drain(1000) == 0
+        await eventually(lambda: not relay.connections)
+        assert relay.defects == 0
+        client.writer.transport.abort()
+
+
+@pytest.mark.promise("G21b")
+async def test_one_that_was_ended_when_it_was_done_is_no_connection(certificate: tuple[Path, Path]) -> None:
+    """uvloop may read the last bytes of a handshake after it was ended."""
+    trust = ssl.create_default_context(cafile=str(certificate[0]))
+    async with (
+        model_server(Script()) as model,
+        bare_relay(model.url, patience=PATIENT, client_tls=server_context(certificate)) as (relay, port),
+    ):
+
+        async def ask() -> bytes:
+            async with connected(port, tls=trust) as client:
+                client.write(GET)
+                return await client.rest()
+
+        asking = asyncio.create_task(ask())
+        await eventually(lambda: relay.handshakes)
+        client = relay.handshakes.oldest()
+        assert client is not None
+        relay.handshakes.done(client)
+        with pytest.raises(ConnectionError):
+            await asking
+        assert not relay.connections
+        assert not model.connections
 
 
 @pytest.mark.promise("G21b")

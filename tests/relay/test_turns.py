@@ -73,6 +73,9 @@ class CountingTransport(asyncio.Transport):
     def close(self) -> None:
         self._wrapped.close()
 
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return self._wrapped.get_extra_info(name, default)
+
     def get_write_buffer_size(self) -> int:
         return self._wrapped.get_write_buffer_size()
 

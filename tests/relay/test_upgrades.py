@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from proxy.relay.server import Patience
+from proxy.relay.upstream import UpstreamConnection
 from proxy.settings import MIB
 from tests.harness import model_server
 from tests.relay.wire import (
@@ -376,6 +378,42 @@ async def test_a_tunnel_in_which_nothing_moves_is_reset(ended: bool) -> None:
                 await client.rest()
         await reset_too.wait()
         await eventually(lambda: not relay.connections)
+
+
+@pytest.mark.promise("F20", "D13")
+async def test_a_side_that_takes_little_at_a_time_is_not_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proxy.relay.server.SWEEP_SECONDS", 1000.0)  # we do it
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"x" * 16 * MIB)
+        await reader.read(-1)
+
+    async with model_server(Switching(talk)) as server, bare_relay(server.url, idle_timeout_seconds=1) as (relay, port):
+        loop = asyncio.get_running_loop()
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
+            client.setblocking(False)
+            await loop.sock_connect(client, ("127.0.0.1", port))
+            await loop.sock_sendall(client, UPGRADE)
+            await eventually(lambda: any(one._writing_paused and one.peer for one in relay.connections))
+            (end,) = relay.connections
+            upstream = end.peer
+            assert isinstance(upstream, UpstreamConnection)
+            await eventually(lambda: upstream._reading_paused)
+            for _ in range(3):
+                end.has_moved(), upstream.has_moved()
+                for _ in range(8):
+                    await loop.sock_recv(client, 16 * 1024)
+                end.look(loop.time())
+                relay.pool._quiet_since[upstream] -= 1000
+                relay.pool.sweep()
+                assert not upstream.lost
+            relay.pool._quiet_since[upstream] -= 1000
+            for _ in range(2):
+                end.look(loop.time())
+                relay.pool.sweep()
+                relay.pool._quiet_since[upstream] -= 1000
+            assert upstream.lost
 
 
 @pytest.mark.promise("E18", "F20")
