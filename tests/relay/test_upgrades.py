@@ -401,9 +401,11 @@ async def test_a_side_that_takes_little_at_a_time_is_not_silent(monkeypatch: pyt
             assert isinstance(upstream, UpstreamConnection)
             await eventually(lambda: upstream._reading_paused)
             for _ in range(3):
-                end.has_moved(), upstream.has_moved()
+                end.has_moved()
+                upstream.has_moved()
                 for _ in range(8):
                     await loop.sock_recv(client, 16 * 1024)
+                await eventually(lambda: end.unsent_bytes() < end._unsent_bytes)
                 end.look(loop.time())
                 relay.pool._quiet_since[upstream] -= 1000
                 relay.pool.sweep()
