@@ -189,7 +189,7 @@ class Downstream(Connection):
             fault = RequestFault(str(other))
         except RequestFault as refused:
             fault = refused
-        await self._answer_fault(fault, head_only=head is not None and head.startswith(b"HEAD "))
+        await self._answer_fault(fault, head_only=head is not None and head.lstrip(b"\r\n").startswith(b"HEAD "))
         return None
 
     async def _refuse(self) -> None:

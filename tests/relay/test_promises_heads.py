@@ -299,6 +299,7 @@ async def test_the_limit_of_a_head_is_exact(way: str, over: int, tmp_path: Path)
         head(b"HEAD /a HTTP/1.1", b"Host: h", b"Transfer-Encoding: gzip"),
         head(b"HEAD /a HTTP/1.1", b"Host: h", b"A: " + b"a" * LIMIT),
         head(b"HEAD /" + b"a" * LIMIT + b" HTTP/1.1", b"Host: h"),
+        b"\r" + head(b"HEAD /a HTTP/1.1", b"Host: h"),
     ],
     ids=lambda request: request[:40].decode(),
 )
