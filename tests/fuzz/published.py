@@ -128,8 +128,10 @@ def _origin_form(method: bytes, target: bytes) -> tuple[bytes | None, bytes]:
     absolute = re.fullmatch(rb"[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)(.*)", target)
     if absolute is None:
         return None, target
-    path = absolute[2] or (b"*" if method == b"OPTIONS" else b"/")
-    return absolute[1].rpartition(b"@")[2], path if path.startswith(b"/") else b"/" + path
+    authority, path = absolute[1].rpartition(b"@")[2], absolute[2]
+    if not path and method == b"OPTIONS":
+        return authority, b"*"
+    return authority, path if path.startswith(b"/") else b"/" + path
 
 
 def towards_client(response: Message, request: Message, request_id: bytes) -> Expected:
