@@ -230,14 +230,21 @@ async def test_a_server_that_ends_idle_connections() -> None:
         assert re.search(r"ok +idle connections +the server ends them after .* the proxy before that", report)
 
 
-async def test_long_headers() -> None:
-    class Short(Server):
-        def answer(self, head: bytes, body: bytes) -> bytes:
-            if len(head) < 10_000:
-                return super().answer(head, body)
-            return b"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Length: 0\r\n\r\n"
+class Short(Server):
+    """Heads of ``limit`` bytes and more are refused."""
 
-    async with model_server(Short()) as model:
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self._limit = limit
+
+    def answer(self, head: bytes, body: bytes) -> bytes:
+        if len(head) < self._limit:
+            return super().answer(head, body)
+        return b"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Length: 0\r\n\r\n"
+
+
+async def test_long_headers() -> None:
+    async with model_server(Short(10_000)) as model:
         status, report = await examined(model.url, planned())
         assert status == 0
         words = "up to 8,000 bytes change nothing; 16,000: 431 directly, 431 through the proxy"
@@ -249,13 +256,7 @@ async def test_long_headers() -> None:
 
 
 async def test_a_limit_of_the_server_that_our_own_headers_reach() -> None:
-    class Short(Server):
-        def answer(self, head: bytes, body: bytes) -> bytes:
-            if len(head) < 8_200:
-                return super().answer(head, body)
-            return b"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Length: 0\r\n\r\n"
-
-    async with model_server(Short()) as model:
+    async with model_server(Short(8_200)) as model:
         status, report = await examined(model.url, planned())
         assert status == 0
         words = "8,000: 200 directly, 431 through the proxy, whose own headers add 1[0-9]{2} bytes"

@@ -233,15 +233,18 @@ class Connection:
 
         In a tunnel an orderly end does not count: what came before it is still to be passed on.
         """
-        if not self._reading_paused or self.transport is None:
-            return False
-        sock: socket.socket | None = self.transport.get_extra_info("socket")
-        if sock is None or sock.fileno() < 0:
+        descriptor = self.descriptor() if self._reading_paused else -1
+        if descriptor < 0:
             return False
         poll = select.poll()
-        poll.register(sock.fileno(), 0 if self.half_open else _PEER_ENDED)
+        poll.register(descriptor, 0 if self.half_open else _PEER_ENDED)
         found = poll.poll(0)  # errors and ends of both directions are told of in any case
         return bool(found) and (self.peer is None or bool(found[0][1] & select.POLLERR))
+
+    def descriptor(self) -> int:
+        """The socket's, below 0 if there is none any more."""
+        sock: socket.socket | None = None if self.transport is None else self.transport.get_extra_info("socket")
+        return -1 if sock is None else sock.fileno()
 
     def unsent_bytes(self) -> int:
         """What was written and not sent. Where there is any the kernel's part counts too, which the peer has not taken yet.
@@ -263,11 +266,11 @@ class Connection:
 
     def _queued_bytes(self) -> int:
         """What the kernel has, and the peer has not taken; 0 where the system does not tell."""
-        sock: socket.socket | None = None if self.transport is None else self.transport.get_extra_info("socket")
-        if sock is None or sock.fileno() < 0:
+        descriptor = self.descriptor()
+        if descriptor < 0:
             return 0
         try:
-            return int.from_bytes(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+            return int.from_bytes(fcntl.ioctl(descriptor, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
         except OSError:
             return 0
 

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import select
-import socket
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -127,13 +126,10 @@ class UpstreamConnection(Connection):
 
         Not over TLS, whose records the loop alone can read.
         """
-        transport = self.transport
-        if transport is None or self.tls:
-            return
-        sock: socket.socket | None = transport.get_extra_info("socket")
+        descriptor = -1 if self.tls else self.descriptor()
         with contextlib.suppress(OSError):
-            while sock is not None and self._received_bytes <= READ_AHEAD_BYTES:
-                data = os.read(sock.fileno(), READ_AHEAD_BYTES)
+            while descriptor >= 0 and self._received_bytes <= READ_AHEAD_BYTES:
+                data = os.read(descriptor, READ_AHEAD_BYTES)
                 if not data:
                     break
                 self.answering = True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import ssl
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from tests.relay.wire import (
     read_message,
     relayed,
     reset,
+    slow_reader,
 )
 
 pytestmark = pytest.mark.usefixtures("quick_sweep")
@@ -365,11 +365,7 @@ async def test_what_the_kernel_holds_back_does_not_hide_that_a_client_takes_its_
         bare_relay(model.url, patience=Patience(idle_seconds=1e9)) as (relay, port),
     ):
         loop = asyncio.get_running_loop()
-        with socket.socket() as client:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
-            client.setblocking(False)
-            await loop.sock_connect(client, ("127.0.0.1", port))
-            await loop.sock_sendall(client, GET)
+        async with slow_reader(port, GET) as client:
             await eventually(lambda: any(one._writing_paused for one in relay.connections))
             (one,) = relay.connections
             assert one.transport is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import ssl
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -29,6 +28,7 @@ from tests.relay.wire import (
     read_message,
     relayed,
     reset,
+    slow_reader,
 )
 
 UPGRADE = head(
@@ -390,11 +390,7 @@ async def test_a_side_that_takes_little_at_a_time_is_not_silent(monkeypatch: pyt
 
     async with model_server(Switching(talk)) as server, bare_relay(server.url, idle_timeout_seconds=1) as (relay, port):
         loop = asyncio.get_running_loop()
-        with socket.socket() as client:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
-            client.setblocking(False)
-            await loop.sock_connect(client, ("127.0.0.1", port))
-            await loop.sock_sendall(client, UPGRADE)
+        async with slow_reader(port, UPGRADE) as client:
             await eventually(lambda: any(one._writing_paused and one.peer for one in relay.connections))
             (end,) = relay.connections
             upstream = end.peer

@@ -147,6 +147,18 @@ async def connected(
 
 
 @contextlib.asynccontextmanager
+async def slow_reader(port: int, request: bytes) -> AsyncIterator[socket.socket]:
+    """A connection with a small receive buffer, on which ``request`` is sent; nothing is read but by the block."""
+    loop = asyncio.get_running_loop()
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
+        client.setblocking(False)
+        await loop.sock_connect(client, ("127.0.0.1", port))
+        await loop.sock_sendall(client, request)
+        yield client
+
+
+@contextlib.asynccontextmanager
 async def relayed(handler: Handler, storage: Path, **settings: object) -> AsyncIterator[Proxy]:
     """The whole proxy before a model server made of ``handler``."""
     async with model_server(handler) as model, proxy(model.url, storage, **settings) as p:
