@@ -186,6 +186,21 @@ async def exchange(port: int, request: bytes, *, until_close: bool = True) -> by
             await writer.wait_closed()
 
 
+async def until_refused(port: int) -> None:
+    """Waits until nobody is let in at a port any more: who says that it stops may do so an instant later."""
+    async with asyncio.timeout(10):
+        while True:
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+            except ConnectionRefusedError:
+                return
+            except ConnectionResetError:  # it waited to be let in
+                continue
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+
+
 async def read_response(reader: asyncio.StreamReader) -> bytes:
     """One response with Content-Length, as it stands on the wire."""
     head = await reader.readuntil(b"\r\n\r\n")

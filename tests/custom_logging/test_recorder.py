@@ -34,7 +34,7 @@ from tests.custom_logging.frames import (
     referred,
     served,
 )
-from tests.harness import Proxy, exchange, model_server, proxy, read_request
+from tests.harness import Proxy, exchange, model_server, proxy, read_request, until_refused
 from tests.spool.workbench import MIB, hung
 
 pytestmark = pytest.mark.usefixtures("_tasks_end")
@@ -610,14 +610,7 @@ async def test_frames_are_taken_while_the_last_exchanges_finish(tmp_path: Path) 
         async with asyncio.timeout(10):
             await asked.wait()
             stop.set()
-            while True:  # until nobody is let in any more
-                try:
-                    _, writer = await asyncio.open_connection("127.0.0.1", p.port)
-                except ConnectionRefusedError:
-                    break
-                except ConnectionResetError:  # it waited to be let in
-                    continue
-                writer.close()
+        await until_refused(p.port)
         assert not task.done()
         assert await ask(port_of(p), frame()) == RECORDED
         assert await ask(port_of(p), frame(collection="model_outputs")) == RECORDED

@@ -22,7 +22,7 @@ from tests.drills.load import (
     stopped_account,
     until,
 )
-from tests.harness import proxy
+from tests.harness import proxy, until_refused
 
 
 def check_complete(storage: Path, traffic: Traffic) -> None:
@@ -59,8 +59,7 @@ async def test_sigterm_lets_what_is_in_flight_finish(patient: PatientModel, tmp_
         await until(lambda: patient.waiting == 50)
         running.signal(signal.SIGTERM)
         await until(lambda: "Stopping" in running.log())
-        with pytest.raises(ConnectionRefusedError):
-            await asyncio.open_connection("127.0.0.1", running.port)
+        await until_refused(running.port)
         assert running.process.poll() is None
         began = time.monotonic()
         patient.answer.set()
