@@ -15,8 +15,8 @@ run: $(VENV)/.installed
 test: $(VENV)/.installed-test $(VENV)/.installed-azurite $(SDKS) $(CLIENTS)
 	$(BIN)/python -m pytest $(ARGS)
 
-test-compiled: $(COMPILED)/.made $(VENV)/.installed-azurite $(SDKS) $(CLIENTS)     # the same tests on the compiled modules, in a copy of the project
-	cd $(COMPILED) && PYTHONPATH=. EXPECT_COMPILED=1 $(abspath $(BIN))/python -m pytest $(ARGS)
+test-compiled: $(COMPILED)/.made $(VENV)/.installed-azurite $(SDKS) $(CLIENTS)     # the same tests as it is deployed: compiled modules, uvloop; in a copy of the project
+	cd $(COMPILED) && PYTHONPATH=. EXPECT_COMPILED=1 EVENT_LOOP=uvloop $(abspath $(BIN))/python -m pytest $(ARGS)
 
 setup: $(VENV)/.installed-test $(VENV)/.installed-azurite $(SDKS) $(CLIENTS) $(COMPILED)/.made   # what both kinds of tests need
 

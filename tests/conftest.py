@@ -4,11 +4,13 @@ import asyncio
 import datetime
 import gc
 import ipaddress
+import os
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+import uvloop
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -17,8 +19,20 @@ from cryptography.x509.oid import NameOID
 from proxy import dummy_model
 
 
+def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """EVENT_LOOP=uvloop: what runs in the tests' own process is on the loop that the proxy takes by itself."""
+    name = os.environ.get("EVENT_LOOP", "asyncio")
+    return {name: {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}[name]}
+
+
+@pytest.fixture(scope="session")
+def _pipe_of_libuv() -> None:
+    """libuv opens a pipe with its first loop, and keeps it."""
+    uvloop.new_event_loop().close()
+
+
 @pytest.fixture(autouse=True)
-def _nothing_leaks() -> Iterator[None]:
+def _nothing_leaks(_pipe_of_libuv: None) -> Iterator[None]:
     """No thread and no file descriptor outlives its test."""
     threads = set(threading.enumerate())
     descriptors = _descriptors()
