@@ -1158,9 +1158,8 @@ async def test_it_ends_in_time_though_the_destination_hangs(
         process.write(3)
         await until(lambda: account.in_flight)
         process.close_files()
-        started = time.monotonic()
-        await process.shipper.finish(0.3)
-        assert time.monotonic() - started < 2
+        async with asyncio.timeout(20):
+            await process.shipper.finish(0.3)
     assert account.in_flight == 0
     assert process.is_closed
     assert messages(caplog) == []
@@ -1201,9 +1200,8 @@ async def test_what_fails_for_good_does_not_keep_the_end_waiting(
     async with running(process):
         process.write(1)
         process.close_files()
-        started = time.monotonic()
-        await process.shipper.finish(20)
-        assert time.monotonic() - started < 5
+        async with asyncio.timeout(60):
+            await process.shipper.finish(3600)
     assert cloud.account().calls.total() == lanes.TOLD_AFTER
     assert process.pending() == 1
 
