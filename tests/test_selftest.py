@@ -266,6 +266,28 @@ async def test_a_limit_of_the_server_that_our_own_headers_reach() -> None:
         )
 
 
+async def test_a_server_that_takes_longer_heads_on_a_connection_that_it_knows() -> None:
+    """Go does: what it reads while it waits for the next request does not count."""
+
+    class ReadsAhead(Short):
+        def __init__(self) -> None:
+            super().__init__(10_000)
+            self.readers: list[asyncio.StreamReader] = []
+
+        async def head(self, reader: asyncio.StreamReader) -> bytes:
+            self._limit = 20_000 if reader in self.readers else 10_000
+            self.readers.append(reader)
+            return await super().head(reader)
+
+    async with model_server(ReadsAhead()) as model:
+        status, report = await examined(model.url, planned())
+    assert status == 0
+    words = (
+        "16,000: 431 directly, 200 through the proxy, 200 directly, too, on a connection that has had a request before"
+    )
+    assert re.search(rf"note +long headers +up to 8,000 bytes change nothing; {words}", report)
+
+
 async def test_a_stream() -> None:
     class Slow(Server):
         def answer(self, head: bytes, body: bytes) -> bytes:
