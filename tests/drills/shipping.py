@@ -141,14 +141,14 @@ class Shipping:
     def kept_bytes(self) -> int:
         return sum(path.stat().st_size for path in self.kept.iterdir())
 
-    async def all_is_at(self, server: BlobServer, within_seconds: float = SOON_SECONDS) -> None:
-        """Waits until every byte that the spool has had is in a blob of ``server``."""
+    async def all_is_at(self, server: BlobServer, within_seconds: float = SOON_SECONDS, but: float = 0) -> None:
+        """Waits until every byte that the spool has had is in a blob of ``server``, ``but`` so many."""
 
         def arrived() -> int:
             foreign = server.happened["foreign write"] * len(FOREIGN)
             return sum(len(blob.data) for blob in server.blobs.values() if blob.kind == APPEND_BLOB) - foreign
 
-        await until(lambda: arrived() >= self.kept_bytes(), within_seconds)
+        await until(lambda: arrived() >= self.kept_bytes() - but, within_seconds)
 
     async def stop(self, proxy: ProxyProcess) -> tuple[int, ...]:
         """SIGTERM, exit 0: received, delivered, discarded, pending."""
