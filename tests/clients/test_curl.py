@@ -205,7 +205,10 @@ async def curl(server: Server, arguments: list[str], folder: Path) -> Told:
         check=False,
     )
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("text", "large")}
-    return Told(done.returncode, done.stdout, server.got[before:], files, done.stderr.decode())
+    output, got = done.stdout, server.got[before:]
+    if "-Z" in arguments:  # which come and end in any order
+        output, got = b"".join(sorted(output.splitlines(keepends=True))), sorted(got, key=lambda one: one.line)
+    return Told(done.returncode, output, got, files, done.stderr.decode())
 
 
 def to(port: int, arguments: list[str]) -> list[str]:
