@@ -20,7 +20,7 @@ from proxy.spool.files import LineFile
 from tests.drills.load import Dataset, Traffic, until
 from tests.harness import Proxy, proxy
 
-RESUMES_SECONDS = 20  # it takes two; a busy machine may take more
+RESUMES_SECONDS = 5
 
 
 class Load:
@@ -52,7 +52,7 @@ class Load:
         while (await self.settled()).delivered < before + 2:
             await self.send(1, connections=1)
             await asyncio.sleep(0.02)
-            assert time.monotonic() - began < RESUMES_SECONDS, "recording does not resume"
+            assert time.monotonic() - began < 2 * RESUMES_SECONDS, "recording does not resume"
         return time.monotonic() - began
 
     async def check(self, reason: str) -> Account:
@@ -103,6 +103,7 @@ async def test_a_full_disk(model: str, small_disk: Path, caplog: pytest.LogCaptu
                 await load.send(1, connections=1)
                 await asyncio.sleep(0.02)  # or a fast machine fills the disk again before it counts as mended
     print(f"full disk: resumed after {took:.2f} s; {account}")
+    assert took <= RESUMES_SECONDS
     assert caplog.text.count("Recording stopped: No space left on device") in (1, 2)
 
 
@@ -137,6 +138,7 @@ async def test_a_read_only_disk(model: str, small_disk: Path, caplog: pytest.Log
         account = await load.check("write_failed")
         assert account.delivered >= 400
     print(f"read-only disk: resumed after {took:.2f} s; {account}")
+    assert took <= RESUMES_SECONDS
     assert caplog.text.count("Recording stopped: Read-only file system") == 2  # one for each collection
 
 
@@ -154,6 +156,7 @@ async def test_a_budget_that_is_used_up(model: str, tmp_path: Path, caplog: pyte
         took = await load.until_recorded()
         await load.check("spool_full")
     print(f"budget: resumed after {took:.2f} s; {account}")
+    assert took <= RESUMES_SECONDS
     assert caplog.text.count("the disk budget (spool.max_bytes) is used up") == 1
 
 
@@ -187,6 +190,7 @@ async def test_a_disk_that_hangs(model: str, freezable_disk: Path) -> None:
         account = running.account()
         dataset = Dataset.read(storage)
     print(f"disk that hangs: longest round {longest * 1000:.0f} ms; {account}")
+    assert longest < 5, "the disk was waited for"
     assert account.discarded == {}
     assert account.delivered == dataset.lines == 2 * len(load.traffic.sent)
     assert dataset.lost(load.traffic.seen) == dataset.doubled() == set()
@@ -215,9 +219,10 @@ async def test_a_disk_that_hangs_and_the_memory_is_used_up(
         finally:
             gate.set()
         await load.check("memory_full")
-        took = await load.until_recorded()
+        held = await load.until_recorded()
         account = await load.check("memory_full")
-    print(f"disk that hangs, memory used up: resumed after {took:.2f} s; {account}")
+    assert held <= RESUMES_SECONDS
+    print(f"disk that hangs, memory used up: {account}")
 
 
 @pytest.mark.parametrize("fault", ["budget", "disk"])
@@ -254,10 +259,11 @@ async def test_with_reject_clients_are_told_and_it_recovers_by_itself(model: str
             for path in storage.rglob("*.jsonl"):
                 path.unlink()
         began = time.monotonic()
-        async with asyncio.timeout(RESUMES_SECONDS):
+        async with asyncio.timeout(10):
             in_a_row = 0
             while in_a_row < 20:
                 in_a_row = in_a_row + 1 if await one() == 200 else 0
                 await asyncio.sleep(0.01)
         took = time.monotonic() - began
     print(f"reject, {fault}: recovered after {took:.2f} s; {running.account()}")
+    assert took <= RESUMES_SECONDS
